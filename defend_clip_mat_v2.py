@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""MAT: fine-tune CLIP's visual tower on clean and randomly augmented images (mixed augmentation training).
+
+Each batch holds every image twice, as it is and augmented; the loss is the mean of both halves' contrastive losses.
+The augmentations know nothing of the attack: brightness and contrast, Gaussian blur, Gaussian noise.
+
+    python defend_clip_mat_v2.py --batch_size 16 --lr 1e-5 --epochs 3
+    python defend_clip_mat_v2.py --preset tiny
+
+Files written to --output_dir (default runs/<preset>/mat):
+    best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens
+    log.jsonl          one line per step
+    metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
+"""
+import torch
+from torch.nn import functional as F
+
+import common
+
+BRIGHTNESS = CONTRAST = 0.2  # factors are uniform in 1 +- this
+BLUR_RADII = 0.1, 2.0  # standard deviation of the Gaussian, pixels
+NOISE_SIGMA = 15 / 255
+
+
+def parse_args(argv=None):
+    parser = common.make_parser(__doc__)
+    common.add_train_args(parser)
+    return common.parse_flags(parser, argv, stage="mat", images="train", batch="train")
+
+
+def augment(images, generator):
+    """Brightness and contrast, blur, then noise, each of random strength per image: (B, 3, H, W) in [0, 1]."""
+
+    def uniform(low, high):
+        return (low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)).to(images.device)
+
+    brightness, contrast = uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS), uniform(1 - CONTRAST, 1 + CONTRAST)
+    images = images * brightness
+    grey = images.mean((1, 2, 3), keepdim=True)
+    images = gaussian_blur(grey + contrast * (images - grey), uniform(*BLUR_RADII))
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    return (images + NOISE_SIGMA * noise).clamp(0, 1)
+
+
+def gaussian_blur(images, sigma):
+    """Each image with its own standard deviation in pixels, (B, 1, 1, 1): two grouped convolutions for all."""
+    reach = 3 * int(BLUR_RADII[1])
+    offsets = torch.arange(-reach, reach + 1, device=images.device)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma.view(-1, 1) ** 2))
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)  # (3B, K)
+    flat = F.pad(images.flatten(0, 1)[None], [reach] * 4, mode="reflect")  # (1, 3B, H + 2 reach, W + 2 reach)
+    flat = F.conv2d(flat, kernel[:, None, :, None], groups=len(kernel))
+    return F.conv2d(flat, kernel[:, None, None, :], groups=len(kernel)).view_as(images)
+
+
+def main(args):
+    run = common.Run(args)
+    training, validation = common.load_training_sets(args)
+    clip = common.load_clip(args)
+
+    def make_twins(step, indices, images):
+        return augment(images, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+
+    record = common.train(args, run, clip, training, validation, make_twins)
+    run.finish(clip.device, **record)
+
+
+if __name__ == "__main__":
+    main(parse_args())

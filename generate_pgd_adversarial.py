@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Make adversarial images with a caption-aware PGD attack, as a data set in the Hugging Face ImageFolder form.
+
+Each image is moved inside an L-inf ball so that its cosine with its own caption falls as low as 20 steps can bring it:
+Madry et al. 2018 (arXiv:1706.06083) from a uniform random start, keeping the best iterate. Attacked is the original
+model, so these images measure *transfer* when they are shown to a defended one.
+
+    python generate_pgd_adversarial.py --split train      # the images of caption-aware adversarial training
+    python generate_pgd_adversarial.py --split eval       # the images of the transfer column
+
+Files written to --output_dir (default runs/<preset>/adversarial_<split>):
+    images/*.png     8 bits, rounded inside the ball
+    metadata.jsonl   file_name, caption, coco_id, clean and adversarial similarity, linf in grey levels
+    metrics.json     the sums, re-measured on the saved files
+"""
+import json
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+import common
+from common import attack_batches, attack_health, drop, encode_all, linf_grey_levels, load_clip, load_examples
+
+
+def parse_args(argv=None):
+    parser = common.make_parser(__doc__)
+    group = parser.add_argument_group("generation (this script only)")
+    group.add_argument("--split", choices=["train", "eval"], default="train", help="images to attack (default: train)")
+    group.add_argument("--no_random_start", action="store_true", help="start at the image itself")
+    return common.parse_flags(parser, argv, stage="adversarial_{split}", images="{split}", batch="attack")
+
+
+def write_png(path, pixels):
+    """Write uint8 (3, H, W) and return what the file holds. Level 1: level 6 saves 5 % for 30 % more time."""
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(path, compress_level=1)
+    with Image.open(path) as image:
+        return np.asarray(image).transpose(2, 0, 1)
+
+
+def main(args):
+    run = common.Run(args)
+    examples = load_examples(args, args.split, args.num_images)
+    clip = load_clip(args)
+    common.require_disk(run.dir, 1.1 * examples.pixels.nbytes)
+    folder = run.dir / "images"
+    folder.mkdir(exist_ok=True)
+    for stale in folder.glob("COCO_*.png"):  # of a run with more images
+        stale.unlink()
+    text_features = clip.encode_text(examples.captions)
+    files = [f"images/{name.rpartition('.')[0]}.png" for name in examples.names]
+    entries, healths = [], []
+
+    def settle(start, written, attacked):
+        """Measure a batch on its saved files."""
+        saved = np.stack(list(written))
+        here = slice(start, start + len(saved))
+        own, clean = text_features[here], examples.pixels[here]
+        healths.append(attack_health(clean, saved, attacked))
+        cosines = [(encode_all(clip.encode_image, p, len(p), clip.device) * own).sum(-1) for p in (clean, saved)]
+        columns = files[here], examples.captions[here], examples.coco_ids[here]
+        for *row, clean_cosine, adv_cosine, linf in zip(*columns, *cosines, linf_grey_levels(clean, saved)):
+            keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf"
+            entries.append(dict(zip(keys, [*row, clean_cosine.item(), adv_cosine.item(), int(linf)])))
+
+    batches = attack_batches(clip.encode_image, examples, text_features, args, not args.no_random_start)
+    pending = deque()
+    with ThreadPoolExecutor(args.num_workers) as pool:  # the next batch is attacked while this one is written
+        for start, pixels_adv, attacked in batches:
+            paths = [run.dir / name for name in files[start : start + len(pixels_adv)]]
+            pending.append((start, pool.map(write_png, paths, pixels_adv.numpy()), attacked))
+            if len(pending) > 1:
+                settle(*pending.popleft())
+        while pending:
+            settle(*pending.popleft())
+    health = common.sum_health(healths)
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    common.write_text(run.dir / "metadata.jsonl", lines)
+    clean, adversarial = (np.array([e[f"{kind}_similarity"] for e in entries]) for kind in ("clean", "adversarial"))
+    run.finish(
+        clip.device,
+        n=len(entries),
+        clean_similarity=clean.mean(),
+        adversarial_similarity=adversarial.mean(),
+        drop=drop(clean.mean(), adversarial.mean()),
+        share_lowered=(adversarial < clean).mean(),
+        attack=health,
+        images_per_s=len(entries) / run.seconds(),
+        skipped_images=examples.skipped,
+    )
+    print(
+        f"{run.dir}: {len(entries)} images, similarity {clean.mean():.4f} -> {adversarial.mean():.4f}, lowered on "
+        f"{(adversarial < clean).mean():.1%}, largest change {health['max_abs_delta_grey_levels']}/255"
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,244 @@
+"""A loopback stand-in for the Hugging Face hub, so that tests of download code run offline.
+
+`serve_hub` serves local folders as model and dataset repositories. Each has one branch, `main`, whose commit is named
+after the folder's present files, so a changed folder is a new commit. It speaks the part of the hub's HTTP protocol
+by which `huggingface_hub`, `datasets` and `open_clip` list and read repositories: repository information, tree,
+paths-info and resolve, with byte ranges. Those libraries read `HF_ENDPOINT` when first imported, so give `Hub.url` in
+the environment of a subprocess, with `HF_UPDATE_DOWNLOAD_COUNTS=0`, as `datasets` reports loads to another host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
+
+API = re.compile(r"/api/(models|datasets)/([^/]+(?:/[^/]+)?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.+))?)?")
+RESOLVE = re.compile(r"(?:/(datasets))?/([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
+RANGE = re.compile(r"bytes=(?:(\d+)-(\d*)|-(\d+))")
+PLAIN_SUFFIXES = {"", ".json", ".md", ".py", ".txt", ".yaml"}  # kept in git itself; the hub keeps the others in LFS
+
+
+class NotFound(Exception):
+    """A 404 answer, with the error code by which the hub's clients tell what is missing."""
+
+    def __init__(self, code: str, commit: str | None = None):
+        super().__init__(code)
+        self.headers = {"X-Error-Code": code} | ({"X-Repo-Commit": commit} if commit else {})
+
+
+def git_id(*parts) -> str:
+    """A name of 40 hexadecimal digits, as git gives to its objects, for what the parts say."""
+    return hashlib.sha1(repr(parts).encode()).hexdigest()
+
+
+@cache
+def sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """The digest of a file, computed once for each state of it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Repo:
+    """One local folder as it stands now: its files, the folders over them, and its commit."""
+
+    def __init__(self, folder: Path):
+        self.paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        self.stats = {name: path.stat() for name, path in self.paths.items()}
+        self.folders = {str(parent) for name in self.paths for parent in PurePosixPath(name).parents} - {"."}
+        self.commit = git_id(*((name, st.st_size, st.st_mtime_ns) for name, st in self.stats.items()))
+        newest = max((st.st_mtime for st in self.stats.values()), default=0)
+        self.date = datetime.fromtimestamp(newest, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+
+    def digest(self, name: str) -> str:
+        return sha256(self.paths[name], self.stats[name].st_size, self.stats[name].st_mtime_ns)
+
+    def info(self, repo_id: str) -> dict:
+        """What the repository endpoint says."""
+        files = [{"rfilename": name, "size": st.st_size} for name, st in self.stats.items()]
+        flags = {"private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+        return {"id": repo_id, "sha": self.commit, "lastModified": self.date, "siblings": files} | flags
+
+    def entries(self, names: list[str], expand: bool) -> list[dict]:
+        """What the tree and paths-info endpoints say about files and folders."""
+        entries = []
+        for name in names:
+            is_file = name in self.paths
+            entry = {"type": "file" if is_file else "directory", "path": name, "oid": git_id(self.commit, name)}
+            entry["size"] = self.stats[name].st_size if is_file else 0
+            if is_file and PurePosixPath(name).suffix not in PLAIN_SUFFIXES:
+                entry["lfs"] = {"oid": self.digest(name), "size": entry["size"], "pointerSize": 134}
+            if expand:
+                entry["lastCommit"] = {"id": self.commit, "title": "All files", "date": self.date}
+            entries.append(entry)
+        return entries
+
+    def tree(self, folder: str, recursive: bool) -> list[str]:
+        """The files and folders in a folder, or all those below it."""
+        if folder and folder not in self.folders:
+            raise NotFound("EntryNotFound", self.commit)
+        prefix = folder + "/" if folder else ""
+        below = sorted(name for name in (*self.paths, *self.folders) if name.startswith(prefix))
+        return [name for name in below if recursive or "/" not in name[len(prefix) :]]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers the requests of one connection from the folders of the hub."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Hub
+
+    def answer(self) -> None:
+        form = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(errors="replace")
+        url = urlsplit(self.path)
+        self.record = [self.command, unquote(self.path), self.headers.get("Range"), 404, 0]
+        self.server.records.append(self.record)
+        try:
+            if match := API.fullmatch(url.path):
+                self.send(200, self.api(*match.groups(), parse_qs(form or url.query)))
+            elif (match := RESOLVE.fullmatch(url.path)) and self.command != "POST":
+                self.resolve(*match.groups())
+            else:
+                self.send(404, {"error": "not served here"})
+        except NotFound as error:
+            self.send(404, {"error": str(error)}, error.headers)
+
+    do_GET = do_HEAD = do_POST = answer
+
+    def repo(self, kind: str, repo_id: str, revision: str) -> Repo:
+        if f"{kind}/{repo_id}" not in self.server.repos:
+            raise NotFound("RepoNotFound")
+        repo = Repo(Path(self.server.repos[f"{kind}/{repo_id}"]))
+        if unquote(revision) not in ("main", repo.commit):
+            raise NotFound("RevisionNotFound")
+        return repo
+
+    def api(self, kind: str, repo_id: str, what: str | None, revision: str | None, path: str | None, asked: dict):
+        repo = self.repo(kind, repo_id, revision or "main")
+        recursive, expand = (asked.get(key, [""])[0].lower() in ("true", "1") for key in ("recursive", "expand"))
+        if what == "tree":
+            return repo.entries(repo.tree(unquote(path or ""), recursive), expand)
+        if what == "paths-info":
+            known = [name for name in asked.get("paths", []) if name in repo.paths or name in repo.folders]
+            return repo.entries(known, expand)
+        return repo.info(repo_id)
+
+    def resolve(self, kind: str | None, repo_id: str, revision: str, path: str) -> None:
+        repo, name = self.repo(kind or "models", repo_id, revision), unquote(path)
+        if name not in repo.paths:
+            raise NotFound("EntryNotFound", repo.commit)
+        start, stop = 0, repo.stats[name].st_size
+        headers = {"ETag": f'"{repo.digest(name)}"', "X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
+        span = RANGE.fullmatch(self.headers.get("Range", "")) if self.command == "GET" else None
+        if span is None:
+            self.send(200, repo.paths[name], headers, start, stop)
+            return
+        size, (first, last, tail) = stop, span.groups()
+        start = int(first) if first else max(size - int(tail), 0)
+        stop = min(int(last) + 1, size) if last else size
+        if start >= stop:
+            self.send(416, {"error": "no such range"}, headers | {"Content-Range": f"bytes */{size}"})
+            return
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        self.send(206, repo.paths[name], headers, start, stop)
+
+    def send(self, status: int, body, headers: dict | None = None, start: int = 0, stop: int = 0) -> None:
+        """Send an answer: a file's bytes from `start` to `stop` if its body is a path, else the body as JSON."""
+        content = None if isinstance(body, Path) else json.dumps(body).encode()
+        length = stop - start if content is None else len(content)
+        kind = "application/octet-stream" if content is None else "application/json"
+        self.record[3] = status
+        self.send_response(status)
+        for key, value in {"Content-Type": kind, "Content-Length": str(length), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if content is not None:
+            self.record[4] = length  # counted before they go, as the client may look as soon as it has them
+            self.wfile.write(content)
+            return
+        if self.server.cut_after is not None and self.server.cut_after < length:
+            length, self.server.cut_after, self.close_connection = self.server.cut_after, None, True
+        with body.open("rb") as file:
+            file.seek(start)
+            while length and (chunk := file.read(min(1 << 16, length))):
+                self.record[4] += len(chunk)
+                self.wfile.write(chunk)
+                length -= len(chunk)
+
+    def log_message(self, format: str, *args) -> None:
+        """Print nothing: `Hub.requests` is the log."""
+
+
+class Hub(ThreadingHTTPServer):
+    """The server: its address `url`, the folders `repos` (more may be added), and the log of what was asked of it.
+
+    Set `cut_after` to a number of bytes to have the next longer answer with a file hang up after so many of them.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, repos: dict[str, Path]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repos, self.records, self.connections = dict(repos), [], set()
+        self.cut_after: int | None = None
+
+    @property
+    def requests(self) -> list[tuple[str, str, str | None, int, int]]:
+        """The requests so far, as (method, path with query, Range header, status, body bytes sent)."""
+        return [tuple(record) for record in self.records]
+
+    def bytes_sent(self, substring: str = "") -> int:
+        """The body bytes of the answers to the GETs whose path contains the substring."""
+        return sum(sent for method, path, _, _, sent in self.requests if method == "GET" and substring in path)
+
+    def process_request(self, request, client_address) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may hang up
+            super().handle_error(request, client_address)
+
+    def close(self) -> None:
+        """Stop listening, and end the connections that clients keep open."""
+        self.shutdown()
+        self.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def serve_hub(repos: dict[str, Path]) -> Iterator[Hub]:
+    """Serve local folders from a free loopback port until the context ends.
+
+    The keys say what each folder stands for: "datasets/ORG/NAME" or "models/ORG/NAME".
+    """
+    hub = Hub(repos)
+    threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield hub
+    finally:
+        hub.close()
