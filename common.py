@@ -365,6 +365,11 @@ class Clip(torch.nn.Module):
             image_features = self.model.encode_image((images - self.mean) / self.std)
         return F.normalize(image_features.float(), dim=-1)
 
+    def frozen(self):
+        """A faster encode_image, with the present weights held fixed, for attacks; else encode_image itself."""
+        fast = frozen_tower(self.model.visual, self.mean, self.std, torch.bfloat16 if self.bf16 else torch.float32)
+        return (lambda images: F.normalize(fast(images).float(), dim=-1)) if fast else self.encode_image
+
     @torch.no_grad()
     def encode_text(self, captions):
         """List of B strings -> (B, D) float32, unit norm. Each caption is computed once, in fp32, and kept."""
@@ -374,6 +379,67 @@ class Clip(torch.nn.Module):
             features = F.normalize(self.model.encode_text(self.tokenizer(chunk).to(self.device)).float(), dim=-1)
             self.text_cache.update(zip(chunk, features))
         return torch.stack([self.text_cache[c] for c in captions])
+
+
+def frozen_tower(visual, mean, std, dtype):
+    """An exact, faster form of open_clip's plain VisionTransformer, differentiable in the pixels alone.
+
+    The same function, rearranged: normalisation folded into a patch embedding done as one product, one product for
+    q, k and v, scaled_dot_product_attention, the last block for the class token only, QuickGELU as a scaled SiLU.
+    returns   (B, 3, H, W) in [0, 1] -> (B, D), not normalised; None for a tower that is not of the plain kind
+    """
+    plain = type(visual) is open_clip.transformer.VisionTransformer and visual.attn_pool is None
+    plain = plain and visual.pool_type == "tok" and not visual.final_ln_after_pool and not visual.output_tokens
+    blocks = list(visual.transformer.resblocks) if plain else []
+    for block in blocks:
+        identities = isinstance(block.ls_1, torch.nn.Identity) and isinstance(block.ls_2, torch.nn.Identity)
+        activation = type(block.mlp.gelu) in (torch.nn.GELU, open_clip.transformer.QuickGELU)
+        plain = plain and type(block) is open_clip.transformer.ResidualAttentionBlock and identities and activation
+    if not plain or not isinstance(visual.patch_dropout, torch.nn.Identity):
+        return None
+    width, patch, heads = len(visual.class_embedding), visual.patch_size[0], blocks[0].attn.num_heads
+
+    def fixed(*tensors):
+        return [tensor.detach().to(dtype) for tensor in tensors]
+
+    def norm(layer):
+        weights = fixed(layer.weight, layer.bias) if isinstance(layer, torch.nn.LayerNorm) else None
+        return lambda x: F.layer_norm(x, (width,), *weights, layer.eps) if weights else x
+
+    kernel = visual.conv1.weight.detach() / std  # (W, 3, P, P)
+    embed = fixed(kernel.flatten(1), -(kernel * mean).sum((1, 2, 3)))
+    (token, position, projection) = fixed(visual.class_embedding, visual.positional_embedding, visual.proj)
+    before, after, layers = norm(visual.ln_pre), norm(visual.ln_post), []
+    for block in blocks:
+        quick = isinstance(block.mlp.gelu, open_clip.transformer.QuickGELU)  # x sigmoid(ax) = silu(ax) / a
+        scale, activation = (1.702, F.silu) if quick else (1.0, F.gelu)
+        first, last, attention = block.mlp.c_fc, block.mlp.c_proj, block.attn
+        qkv = fixed(attention.in_proj_weight, attention.in_proj_bias)
+        out = fixed(attention.out_proj.weight, attention.out_proj.bias)
+        mlp = fixed(first.weight * scale, first.bias * scale, last.weight / scale, last.bias)
+        layers.append((norm(block.ln_1), norm(block.ln_2), *qkv, *out, *mlp, activation))
+
+    def split(x):  # (B, N, k W) -> k of (B, heads, N, W / heads)
+        return x.unflatten(2, (-1, heads, width // heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def encode(images):
+        x = images.to(dtype).unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, P, P)
+        x = F.linear(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), *embed)  # (B, hw, W)
+        x = before(torch.cat([token.expand(len(x), 1, -1), x], 1) + position)
+        for i, (norm_1, norm_2, w_qkv, b_qkv, w_out, b_out, w_1, b_1, w_2, b_2, activation) in enumerate(layers):
+            y = norm_1(x)
+            if i < len(layers) - 1:
+                q, k, v = split(F.linear(y, w_qkv, b_qkv))
+            else:
+                x = x[:, :1]
+                (q,) = split(F.linear(y[:, :1], w_qkv[:width], b_qkv[:width]))
+                k, v = split(F.linear(y, w_qkv[width:], b_qkv[width:]))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + F.linear(y, w_out, b_out)
+            x = x + F.linear(activation(F.linear(norm_2(x), w_1, b_1)), w_2, b_2)
+        return after(x[:, 0]) @ projection
+
+    return encode
 
 
 def pick_device(name):
@@ -1059,7 +1125,7 @@ def validate(args, clip, validation):
     """Mean similarity on the validation images, clean and under white-box PGD against the present weights."""
     clip.model.visual.eval()
     text_features = clip.encode_text(validation.captions)
-    pixels_adv, _ = attack_all(clip.encode_image, validation, text_features, args, what="validate")
+    pixels_adv, _ = attack_all(clip.frozen(), validation, text_features, args, what="validate")
     clean = encode_all(clip.encode_image, validation.pixels, args.batch_size, clip.device)
     attacked = encode_all(clip.encode_image, pixels_adv, args.batch_size, clip.device)
     return {

@@ -36,13 +36,15 @@ def main(args):
     qualities, health = {}, {}
     for q in args.qualities:
 
-        def encode_image(images, q=q):
-            return clip.encode_image(jpeg(images, q))
+        def through(encode_image, q=q):
+            return lambda images: encode_image(jpeg(images, q))
 
-        adaptive, health[q] = attack_all(encode_image, examples, text_features, args, what=f"JPEG {q}")
+        adaptive, health[q] = attack_all(through(clip.frozen()), examples, text_features, args, what=f"JPEG {q}")
         conditions = {"clean": examples.pixels, "transfer": transfer, "adaptive": adaptive}
         per_image = {
-            name: (encode_all(encode_image, pixels, args.batch_size, clip.device) * text_features).sum(-1).tolist()
+            name: (encode_all(through(clip.encode_image), pixels, args.batch_size, clip.device) * text_features)
+            .sum(-1)
+            .tolist()
             for name, pixels in conditions.items()
         }
         mean = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}

@@ -13,6 +13,7 @@ Files written to --output_dir (default runs/<preset>/evaluation); the stages' fo
     table.md, metrics.json (per image, too), examples.png, histogram.png, table.png
 """
 import argparse
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -112,17 +113,19 @@ def reproduce(args):
 # Measuring
 
 
-def measure(encode_image, clip, examples, transfer, args, what):
-    """One row: every example clean, transferred and attacked white-box through encode_image.
+def measure(clip, transform, examples, transfer, args, what):
+    """One row: every example clean, transferred and attacked white-box, seen by clip through transform.
 
     returns   {condition: {"similarity": (N,), "rank_i2t": (N,), "rank_t2i": (N,)}} as lists, ranks from 0;
               the white-box images uint8 (N, 3, S, S); the health of the attack
     """
     text_features = clip.encode_text(examples.captions)
-    white_box, health = attack_all(encode_image, examples, text_features, args, what=what)
+    frozen = clip.frozen()
+    white_box, health = attack_all(lambda images: frozen(transform(images)), examples, text_features, args, what=what)
     conditions = {}
     for name, pixels in {"clean": examples.pixels, "transfer": transfer, "white_box": white_box}.items():
-        cosines = encode_all(encode_image, pixels, args.batch_size, clip.device) @ text_features.T  # (N, N)
+        features = encode_all(lambda x: clip.encode_image(transform(x)), pixels, args.batch_size, clip.device)
+        cosines = features @ text_features.T  # (N, N)
         if not cosines.isfinite().all():
             fail(f"row {what}: features of the {name} images are not finite; their similarity means nothing")
         conditions[name] = {
@@ -325,8 +328,8 @@ def main(args):
     files = {name: str(stages / folder / "best.pt") for name, folder in trained.items()}
     rows, per_image, health = {}, {}, {}
 
-    def add_row(name, model, encode_image, seconds=None):
-        per_image[name], white_box, health[name] = measure(encode_image, model, examples, transfer, args, name)
+    def add_row(name, model, transform=lambda images: images, seconds=None):
+        per_image[name], white_box, health[name] = measure(model, transform, examples, transfer, args, name)
         rows[name] = row = summarise(per_image[name], args.seed) | {"training_seconds": seconds}
         first = rows["original"]
         for kind in ("transfer", "white_box"):
@@ -336,15 +339,15 @@ def main(args):
                 row[f"improvement_{kind}"] = improvement(*figures)
         return white_box
 
-    white_box = add_row("original", clip, clip.encode_image)
+    white_box = add_row("original", clip)
     for name, source in [*files.items(), *args.checkpoint]:
         model = load_clip(args, source)
         leaked = model.train_ids & set(examples.coco_ids)
         if leaked:
             fail(f"leakage: {source} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
-        add_row(name, model, model.encode_image, training_seconds(stages, trained[name]) if name in trained else None)
+        add_row(name, model, seconds=training_seconds(stages, trained[name]) if name in trained else None)
     for quality in args.qualities:
-        add_row(f"JPEG {quality}", clip, lambda images: clip.encode_image(jpeg(images, quality)))  # noqa: B023
+        add_row(f"JPEG {quality}", clip, partial(jpeg, quality=quality))
 
     record = {
         "n": len(examples),

@@ -64,7 +64,7 @@ def main(args):
             keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf"
             entries.append(dict(zip(keys, [*row, clean_cosine.item(), adv_cosine.item(), int(linf)])))
 
-    batches = attack_batches(clip.encode_image, examples, text_features, args, not args.no_random_start)
+    batches = attack_batches(clip.frozen(), examples, text_features, args, not args.no_random_start)
     pending = deque()
     with ThreadPoolExecutor(args.num_workers) as pool:  # the next batch is attacked while this one is written
         for start, pixels_adv, attacked in batches:

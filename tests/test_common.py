@@ -59,7 +59,8 @@ def edit_rows(folder, split, change):
 
 
 @pytest.mark.parametrize(
-    ("row", "published"), [("MAT", 68.6), ("caption-aware", 96.3), ("JPEG 75", 76.5), ("JPEG 50", 91.5), ("JPEG 30", 95.7)]
+    ("row", "published"),
+    [("MAT", 68.6), ("caption-aware", 96.3), ("JPEG 75", 76.5), ("JPEG 50", 91.5), ("JPEG 30", 95.7)],
 )
 def test_improvement_gives_the_published_figures_to_the_digit(row, published):
     gain = common.improvement(*evaluate.REPORT[row], *evaluate.REPORT["original"])
@@ -328,9 +329,8 @@ def over_hub(repos, tmp_path, code, **env):
     """Run code in a process whose hub is a loopback server of these folders; returns (stdout, hub)."""
     env = {"HF_HOME": str(tmp_path / "hf"), "HF_UPDATE_DOWNLOAD_COUNTS": "0", "PYTHONPATH": str(ROOT), **env}
     with serve_hub(repos) as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"HF_ENDPOINT": hub.url} | env
-        )
+        env = os.environ | {"HF_ENDPOINT": hub.url} | env
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     return done, hub
 
 

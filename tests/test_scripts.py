@@ -82,7 +82,7 @@ def test_other_flags_do_not_overwrite(report):
 
 
 def test_metrics_say_how_a_run_was_made(report):
-    keys = "argv args inputs commit versions device started seconds peak_memory_bytes n".split()
+    keys = ["argv", "args", "inputs", "commit", "versions", "device", "started", "seconds", "peak_memory_bytes", "n"]
     for stage in ("adversarial_train", "adversarial_eval", "mat", "pgd", "jpeg", "evaluation"):
         record = metrics(report[0] / stage)
         assert record.keys() >= set(keys), stage
@@ -139,7 +139,7 @@ def test_loss_threshold_and_max_steps_stop_the_training(tmp_path):
 
 
 def test_the_reports_training_command_makes_the_adversarial_images_it_lacks(tmp_path):
-    command = "defend_clip_pgd_v2.py --batch_size 16 --lr 1e-5 --epochs 3 --loss_threshold 0.1".split()
+    command = ["defend_clip_pgd_v2.py", "--batch_size", "16", "--lr", "1e-5", "--epochs", "3", "--loss_threshold", "0.1"]
     command += ["--preset", "tiny", "--num_images", 16, "--val_images", 4, "--steps", 1, "--max_steps", 1]
     printed, _ = shell(*command, "--output_dir", tmp_path / "pgd")
     assert "$ python generate_pgd_adversarial.py --split train --num_images 16" in printed
