@@ -525,8 +525,9 @@ def load_checkpoint(model, name, file):
 
 
 def describe(error):
-    """The first line of an error, with what to set when a hub cannot be reached."""
+    """An error and its cause in one line, with what to set when a hub cannot be reached."""
     text = f"{type(error).__name__}: {error}"
+    text += f" ({error.__cause__})" if error.__cause__ else ""
     hub = re.search(r"(?i)connect|offline|resolv|timed? ?out|couldn't reach|hub|max retries", text)
     advice = "; for the hub set HF_ENDPOINT, HF_TOKEN or HF_HOME, or give a local folder" if hub else ""
     return " ".join(text.split())[:300] + advice
@@ -572,10 +573,14 @@ def open_split(args, split):
     flag = f"--{split}_data {source}"
     if not os.path.isdir(source) and (os.path.exists(source) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)):
         fail(f"{flag} is neither a local folder nor a hub id such as TIGER-Lab/MMEB-{split}")
-    if os.path.isdir(source):
+    cache = None
+    if os.path.isdir(source):  # datasets takes folders of one name for the same data, whatever they hold
+        files = sorted([*Path(source).rglob("*.parquet"), Path(source) / "README.md"])
+        stats = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.exists()]
+        cache = str(Path(args.cache_dir) / "datasets" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:20])
         datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(source, CONFIG, split=split_name)
+        table = datasets.load_dataset(source, CONFIG, split=split_name, cache_dir=cache)
     except Exception as error:  # datasets raises a class of its own for each missing thing
         fail(f"{flag}: cannot open config {CONFIG}, split {split_name}: {describe(error)}")
     for column in (image_column, caption_column):

@@ -115,7 +115,7 @@ def test_equal_captions_are_never_negatives():
         (["--eps", "nan"], "not a number"),
         (["--steps", "0"], "at least 1"),
         (["--lr", "nan"], "above 0"),
-        (["--lr", "-1e-5"], "above 0"),
+        (["--lr=-1e-5"], "above 0"),
         (["--batch_size", "1.5"], "whole"),
         (["--stepz", "3"], "unrecognized"),
         (["--step", "3"], "unrecognized"),  # no abbreviations
@@ -153,7 +153,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path, capsys):
 
 def test_quick_gelu_mismatch_is_an_error_for_tags_and_files(tmp_path, capsys):
     assert "ViT-L-14-quickgelu" in refusal(capsys, common.find_weights, "ViT-L-14", "openai")
-    assert "--model ViT-B-32" in refusal(capsys, common.find_weights, "ViT-B-32-quickgelu", "laion2b_s34b_b79k")
+    assert "--model ViT-B-32-quickgelu" in refusal(capsys, common.find_weights, "ViT-B-32", "openai")
     assert common.find_weights("ViT-L-14-quickgelu", "openai") == ("openai", None)
     torch.save({"quick_gelu": False, "state_dict": {}}, tmp_path / "gelu.pt")
     args = flags(tmp_path, "--pretrained", tmp_path / "gelu.pt")
@@ -203,6 +203,16 @@ def test_training_rows_are_distinct_train2014_images_with_captions_in_order(tmp_
     assert list(zip(examples.names, examples.captions)) == expected
     assert "val2014" in "".join(names[:300])  # there was something to leave out
     assert examples.pixels.shape == (300, 3, 64, 64) and len({p.tobytes() for p in examples.pixels}) == 300
+
+
+def test_two_folders_of_one_name_are_not_mixed_up(tmp_path, copy):
+    folder = copy("train")  # of the same name, split names and size, as datasets sees it
+    edit_rows(folder, "original", lambda columns: columns["pos_text"].reverse())
+    captions = [
+        common.load_examples(flags(tmp_path, "--train_data", source), "train", 5).captions
+        for source in (TINY / "MMEB-train", folder)
+    ]
+    assert captions[0] != captions[1]
 
 
 def test_sample_seed_draws_other_images(tmp_path):
@@ -276,10 +286,12 @@ def column(name, change):
     return lambda folder: edit_rows(folder, "original", lambda columns: change(columns, name))
 
 
+SPLITS = ["original", "diverse_instruction"]
 DAMAGE = {
     "no split": (lambda f: next(f.rglob("original-*")).unlink(), "split original"),
     "no card": (lambda f: (f / "README.md").unlink(), "MSCOCO_i2t"),
-    "no column": (column("pos_text", dict.pop), "no column pos_text; it has qry"),
+    "no column": (lambda f: [edit_rows(f, s, lambda c: c.pop("pos_text")) for s in SPLITS], "no column pos_text; it has"),
+    "splits that differ": (column("pos_text", dict.pop), "column names don't match"),
     "empty caption": (column("pos_text", lambda c, k: c[k].__setitem__(slice(None), ["  "] * 2000)), "is empty"),
     "no COCO name": (column("qry_image_path", lambda c, k: c[k].__setitem__(0, "../../etc/passwd")), "row 0"),
     "truncated JPEG": (broken_image(lambda data: data[:900]), "truncated"),
@@ -298,7 +310,7 @@ def test_damaged_data_ends_in_one_line_and_leaves_no_cache(what, tmp_path, copy,
     damage(folder)
     line = refusal(capsys, common.load_examples, flags(tmp_path, "--train_data", folder), "train", 8)
     assert said in line, line
-    assert not list((tmp_path / "cache").glob("*") if (tmp_path / "cache").exists() else [])
+    assert not [path for path in (tmp_path / "cache").glob("*") if path.name != "datasets"]
 
 
 def test_bad_images_can_be_skipped_and_are_counted(tmp_path, copy):
