@@ -46,10 +46,11 @@ def main(args):
     common.require_disk(run.dir, 1.1 * examples.pixels.nbytes)
     folder = run.dir / "images"
     folder.mkdir(exist_ok=True)
-    for stale in folder.glob("COCO_*.png"):  # of a run with more images
+    for stale in folder.glob("*.png"):  # of a run with more images
         stale.unlink()
     text_features = clip.encode_text(examples.captions)
-    files = [f"images/{name.rpartition('.')[0]}.png" for name in examples.names]
+    # no COCO_val2014_ in the names: load_dataset would take val for a split and then miss metadata.jsonl
+    files = [f"images/{coco_id:012d}.png" for coco_id in examples.coco_ids]
     entries, healths = [], []
 
     def settle(start, written, attacked):

@@ -290,8 +290,8 @@ SPLITS = ["original", "diverse_instruction"]
 DAMAGE = {
     "no split": (lambda f: next(f.rglob("original-*")).unlink(), "split original"),
     "no card": (lambda f: (f / "README.md").unlink(), "MSCOCO_i2t"),
-    "no column": (lambda f: [edit_rows(f, s, lambda c: c.pop("pos_text")) for s in SPLITS], "no column pos_text; it has"),
-    "splits that differ": (column("pos_text", dict.pop), "column names don't match"),
+    "no column": (lambda f: [edit_rows(f, s, lambda c: c.pop("pos_text")) for s in SPLITS], "no column pos_text; it"),
+    "splits that differ": (column("pos_text", dict.pop), "Couldn't cast"),
     "empty caption": (column("pos_text", lambda c, k: c[k].__setitem__(slice(None), ["  "] * 2000)), "is empty"),
     "no COCO name": (column("qry_image_path", lambda c, k: c[k].__setitem__(0, "../../etc/passwd")), "row 0"),
     "truncated JPEG": (broken_image(lambda data: data[:900]), "truncated"),

@@ -94,7 +94,7 @@ def test_adversarial_images_are_an_imagefolder_inside_the_ball(report, tmp_path)
     folder = report[0] / "adversarial_eval"
     (loaded,) = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path)).values()
     entries = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert len(loaded) == len(entries) == EVAL
+    assert len(loaded) == len(entries) == EVAL and loaded[0]["image"].size == (64, 64)
     assert {e["caption"] for e in entries} == set(loaded["caption"])
     (cache,) = [p for p in (report[0] / "cache").glob("*.npy") if len(np.load(p, mmap_mode="r")) == EVAL]
     for clean, entry in zip(np.load(cache), entries):
