@@ -804,13 +804,15 @@ class Attacked(NamedTuple):
     nonfinite: torch.Tensor  # (B,) steps whose loss or gradient was not finite
 
 
-def pgd(loss_fn, images, *, eps, alpha, steps, noise=None):
+def pgd(loss_fn, images, *, eps, alpha, steps, noise=None, auto=False):
     """Search the L-inf ball around images for the pixels that maximise loss_fn.
 
     images       (B, 3, H, W) float32 in [0, 1], before CLIP's normalisation
     loss_fn      maps such a batch to (B,) losses, one per image, higher = worse for the model
     eps, alpha   on the same [0, 1] scale: 8/255, not 8
     noise        (B, 3, H, W) in [-1, 1]: the start is images + eps * noise; None starts at images
+    auto         APGD of Croce & Hein 2020 (arXiv:2003.01690, algorithm 1) in place of fixed steps: momentum, a step
+                 size from 2 eps that is halved where an image stalls, which goes on from its best; alpha is not read
     returns      Attacked; raises ValueError for pixels outside [0, 1]
 
     PGD of Madry et al. 2018 (arXiv:1706.06083), except that the best iterate is kept, not the last. A loss or gradient
@@ -820,26 +822,52 @@ def pgd(loss_fn, images, *, eps, alpha, steps, noise=None):
     if images.min() < 0 or images.max() > 1:
         raise ValueError(f"pgd needs pixels in [0, 1], got [{images.min():.2f}, {images.max():.2f}]: normalised?")
     lower, upper = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
-    x = images if noise is None else images + eps * noise
-    best, best_loss = images, images.new_full(images.shape[:1], -torch.inf)
+    x = images if noise is None else (images + eps * noise).clamp(lower, upper)
+    best, best_loss, best_grad = images, images.new_full(images.shape[:1], -torch.inf), torch.zeros_like(images)
     zero_grads = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     nonfinite = zero_grads.clone()
+    size = images.new_full((len(images), 1, 1, 1), 2 * eps if auto else alpha)
+    checks, last_check, previous = apgd_checkpoints(steps) if auto else (), 0, x
+    rises, last_loss, old_size, old_best = zero_grads.clone(), best_loss, size, best_loss
     for step in range(steps + 1):  # the extra round only scores the last iterate
-        x = x.clamp(lower, upper).detach().requires_grad_(step < steps)
+        x = x.detach().requires_grad_(step < steps)
         with torch.set_grad_enabled(step < steps):
             loss = loss_fn(x)
-        better = loss.detach() > best_loss  # False where the loss is NaN
-        best_loss = torch.where(better, loss.detach(), best_loss)
-        best = torch.where(better[:, None, None, None], x.detach(), best)
         finite = loss.detach().isfinite()
         if step < steps:
             (grad,) = torch.autograd.grad(loss.sum(), x)  # sum, not mean: no factor 1/B to underflow
             finite &= grad.isfinite().flatten(1).all(1)
             grad = torch.where(finite[:, None, None, None], grad, 0)
             zero_grads += finite & (grad == 0).flatten(1).all(1)
-            x = x + alpha * grad.sign()
         nonfinite += ~finite
+        x, loss = x.detach(), loss.detach()
+        better = loss > best_loss  # False where the loss is NaN
+        rises, last_loss = rises + (loss > last_loss), loss
+        best_loss = torch.where(better, loss, best_loss)
+        better = better[:, None, None, None]
+        best, best_grad = torch.where(better, x, best), torch.where(better, grad, best_grad)
+        if step == steps:
+            break
+        if step in checks:
+            stalled = rises < 0.75 * (step - last_check)
+            stalled |= (size == old_size).flatten() & (best_loss == old_best)
+            stalled = stalled[:, None, None, None]
+            old_size, old_best, last_check, rises = size, best_loss, step, torch.zeros_like(rises)
+            size = torch.where(stalled, size / 2, size)
+            x, grad = torch.where(stalled, best, x), torch.where(stalled, best_grad, grad)
+        moved = (x + size * grad.sign()).clamp(lower, upper)
+        if auto and step:
+            moved = (x + 0.75 * (moved - x) + 0.25 * (x - previous)).clamp(lower, upper)
+        previous, x = x, moved
     return Attacked(best, best_loss, zero_grads, nonfinite)
+
+
+def apgd_checkpoints(steps):
+    """The steps at which APGD looks whether to halve: ceil(p_j steps), p_j+1 = p_j + max(p_j - p_j-1 - 0.03, 0.06)."""
+    shares = [0.0, 0.22]
+    while shares[-1] < 1:
+        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
+    return {math.ceil(round(share * steps, 6)) for share in shares[1:]}
 
 
 def start_noise(seed, indices, shape):
@@ -862,38 +890,40 @@ def to_pixels(images, pixels, eps):
     return (pixels + delta).clamp(0, 255).byte()
 
 
-def attack_batches(encode_image, examples, text_features, args, random_start=True, what="attack"):
-    """PGD on every example, minimising the cosine with its own caption, args.batch_size at a time.
+def attack_batches(encode_image, examples, loss_fn, args, random_start=True, seed=0, auto=False, what="attack"):
+    """The attack on every example, args.batch_size at a time.
 
-    encode_image    differentiable, (B, 3, H, W) in [0, 1] -> (B, D) unit norm: the model, or a whole defence
-    text_features   (N, D), row i the caption of example i
-    yields          (start, pixels_adv uint8 (B, 3, H, W) on the CPU, Attacked)
+    encode_image   differentiable, (B, 3, H, W) in [0, 1] -> (B, D) unit norm: the model, or a whole defence
+    loss_fn        (image_features (B, D), indices of the examples as a slice) -> (B,) losses, such as own_caption()
+    seed           added to args.seed for the random start
+    yields         (start, pixels_adv uint8 (B, 3, H, W) on the CPU, Attacked)
     """
 
-    def attack(start, pixels):
-        own = text_features[start : start + len(pixels)]
-        noise = start_noise(args.seed, range(start, start + len(pixels)), pixels.shape[1:]) if random_start else None
-        return pgd(
-            lambda images: -(encode_image(images) * own).sum(-1),
-            as_images(pixels, own.device),
-            eps=args.eps,
-            alpha=args.alpha,
-            steps=args.steps,
-            noise=None if noise is None else noise.to(own.device),
-        )
+    def attack(here, pixels):
+        images = as_images(pixels, pick_device(args.device))
+        noise = start_noise(args.seed + seed, range(here.start, here.stop), pixels.shape[1:]) if random_start else None
+        noise = None if noise is None else noise.to(images.device)
+        budget = {"eps": args.eps, "alpha": args.alpha, "steps": args.steps}
+        return pgd(lambda x: loss_fn(encode_image(x), here), images, **budget, noise=noise, auto=auto)
 
     with progress(None, what, len(examples)) as bar:
         for start in range(0, len(examples), args.batch_size):
-            pixels = examples.pixels[start : start + args.batch_size]
-            attacked = attack(start, pixels)
+            here = slice(start, min(start + args.batch_size, len(examples)))
+            pixels = examples.pixels[here]
+            attacked = attack(here, pixels)
             yield start, to_pixels(attacked.images, pixels, args.eps), attacked
             bar.update(len(pixels))
 
 
-def attack_all(encode_image, examples, text_features, args, what="attack"):
+def own_caption(text_features):
+    """The report's loss: minus the cosine with the own caption, row i of text_features (N, D)."""
+    return lambda image_features, here: -(image_features * text_features[here]).sum(-1)
+
+
+def attack_all(encode_image, examples, loss_fn, args, **options):
     """attack_batches, collected: pixels_adv uint8 (N, 3, H, W) and its attack_health."""
     parts, healths = [], []
-    for start, pixels_adv, attacked in attack_batches(encode_image, examples, text_features, args, what=what):
+    for start, pixels_adv, attacked in attack_batches(encode_image, examples, loss_fn, args, **options):
         parts.append(pixels_adv)
         healths.append(attack_health(examples.pixels[start : start + len(pixels_adv)], pixels_adv, attacked))
     return torch.cat(parts), sum_health(healths)
@@ -934,17 +964,18 @@ def jpeg(images, quality):
     """Images through Pillow's JPEG encoder and decoder: the real bytes of the rounded image.
 
     images    (B, 3, H, W) float32 in [0, 1]
-    quality   Pillow's, 1 to 95
+    quality   Pillow's, 1 to 95; one number, or one per image
     returns   the same shape; the gradient is passed straight through (BPDA, Athalye et al. 2018, arXiv:1802.00420)
     """
 
-    def round_trip(image):
+    def round_trip(image, quality):
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+        Image.fromarray(image).save(buffer, "JPEG", quality=int(quality))
         return np.asarray(Image.open(buffer))
 
     pixels = (images.detach() * 255).round().byte().cpu().permute(0, 2, 3, 1).numpy()
-    decoded = torch.from_numpy(np.stack([round_trip(image) for image in pixels])).permute(0, 3, 1, 2)
+    decoded = np.stack([round_trip(*pair) for pair in zip(pixels, np.broadcast_to(quality, len(pixels)))])
+    decoded = torch.from_numpy(decoded).permute(0, 3, 1, 2)
     return images + (as_images(decoded, images.device) - images).detach()
 
 
@@ -1025,11 +1056,12 @@ def contrastive_loss(image_features, text_features, caption_ids, negatives, nega
     return (image_to_text + text_to_image) / 2
 
 
-def train(args, run, clip, training, validation, make_twins):
+def train(args, run, clip, training, validation, make_twins, twin_loss_fn=None):
     """Fine-tune the visual tower on clean images and their twins; text tower and logit_scale stay frozen.
 
-    make_twins   (step, indices, images) -> (B, 3, H, W) in [0, 1]: augmented or adversarial versions of the images
-    returns      what metrics.json says of the training; writes log.jsonl, last.pt and best.pt into run.dir
+    make_twins     (step, indices, images) -> (B, 3, H, W) in [0, 1]: augmented or adversarial versions of the images
+    twin_loss_fn   (image_features (B, D) of the twins, indices) -> scalar, in place of the contrastive loss
+    returns        what metrics.json says of the training; writes log.jsonl, last.pt and best.pt into run.dir
 
     The loss is the mean of the clean and the twins' contrastive loss; both halves go through the tower together. The
     best epoch is the one of the highest white-box adversarial similarity on the validation images.
@@ -1059,11 +1091,13 @@ def train(args, run, clip, training, validation, make_twins):
                 own, own_ids = text_features[batch], caption_ids[batch]
                 draw = np.random.default_rng([args.seed, step, 1]).permutation(len(training))[: args.num_negatives]
                 twins = make_twins(step, batch, images)
-                both = clip.encode_image(torch.cat([images, twins]))  # (2B, D)
-                clean_loss, twin_loss = (
-                    contrastive_loss(half, own, own_ids, text_features[draw], caption_ids[draw], clip.logit_scale)
-                    for half in both.chunk(2)
-                )
+                clean_features, twin_features = clip.encode_image(torch.cat([images, twins])).chunk(2)  # (B, D) each
+                against = own, own_ids, text_features[draw], caption_ids[draw], clip.logit_scale
+                clean_loss = contrastive_loss(clean_features, *against)
+                if twin_loss_fn:
+                    twin_loss = twin_loss_fn(twin_features, batch)
+                else:
+                    twin_loss = contrastive_loss(twin_features, *against)
                 loss = (clean_loss + twin_loss) / 2
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -1130,7 +1164,7 @@ def validate(args, clip, validation):
     """Mean similarity on the validation images, clean and under white-box PGD against the present weights."""
     clip.model.visual.eval()
     text_features = clip.encode_text(validation.captions)
-    pixels_adv, _ = attack_all(clip.frozen(), validation, text_features, args, what="validate")
+    pixels_adv, _ = attack_all(clip.frozen(), validation, own_caption(text_features), args, what="validate")
     clean = encode_all(clip.encode_image, validation.pixels, args.batch_size, clip.device)
     attacked = encode_all(clip.encode_image, pixels_adv, args.batch_size, clip.device)
     return {

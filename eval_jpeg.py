@@ -12,7 +12,7 @@ Files written to --output_dir (default runs/<preset>/jpeg):
     metrics.json   similarity of each condition, with per-image values
 """
 import common
-from common import attack_all, encode_all, jpeg, load_clip, load_examples
+from common import attack_all, encode_all, jpeg, load_clip, load_examples, own_caption
 
 
 def parse_args(argv=None):
@@ -39,7 +39,8 @@ def main(args):
         def through(encode_image, q=q):
             return lambda images: encode_image(jpeg(images, q))
 
-        adaptive, health[q] = attack_all(through(clip.frozen()), examples, text_features, args, what=f"JPEG {q}")
+        loss_fn = own_caption(text_features)
+        adaptive, health[q] = attack_all(through(clip.frozen()), examples, loss_fn, args, what=f"JPEG {q}")
         conditions = {"clean": examples.pixels, "transfer": transfer, "adaptive": adaptive}
         per_image = {
             name: (encode_all(through(clip.encode_image), pixels, args.batch_size, clip.device) * text_features)

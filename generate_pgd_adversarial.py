@@ -21,7 +21,16 @@ import numpy as np
 from PIL import Image
 
 import common
-from common import attack_batches, attack_health, drop, encode_all, linf_grey_levels, load_clip, load_examples
+from common import (
+    attack_batches,
+    attack_health,
+    drop,
+    encode_all,
+    linf_grey_levels,
+    load_clip,
+    load_examples,
+    own_caption,
+)
 
 
 def parse_args(argv=None):
@@ -65,7 +74,8 @@ def main(args):
             keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf"
             entries.append(dict(zip(keys, [*row, clean_cosine.item(), adv_cosine.item(), int(linf)])))
 
-    batches = attack_batches(clip.frozen(), examples, text_features, args, not args.no_random_start)
+    loss_fn = own_caption(text_features)
+    batches = attack_batches(clip.frozen(), examples, loss_fn, args, random_start=not args.no_random_start)
     pending = deque()
     with ThreadPoolExecutor(args.num_workers) as pool:  # the next batch is attacked while this one is written
         for start, pixels_adv, attacked in batches:

@@ -8,7 +8,7 @@ import torch
 import torchattacks
 from PIL import Image
 
-from common import attack_health, jpeg, pgd, start_noise, to_pixels
+from common import apgd_checkpoints, attack_health, jpeg, pgd, start_noise, to_pixels
 
 EPS, ALPHA = 8 / 255, 2 / 255
 
@@ -97,6 +97,34 @@ def test_pgd_equals_torchattacks_from_the_same_start(encoder):
     adv_theirs = theirs(images, torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(cosine(last), cosine(adv_theirs), atol=1e-4, rtol=0)
     assert (cosine(images) - cosine(ours.images)).min() > 0.05  # not a trivial case
+
+
+def test_apgd_is_as_strong_as_torchattacks_on_a_shared_case(encoder):
+    images, target = torch.rand(16, 3, 16, 16), torch.nn.functional.normalize(torch.randn(16, 8), dim=1)
+
+    def cosine(x):
+        return (torch.nn.functional.normalize(encoder(x), dim=1) * target).sum(1)
+
+    class TwoClasses(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, x):
+            return torch.stack([cosine(x), -cosine(x)], 1)
+
+    theirs = torchattacks.APGD(TwoClasses().eval(), eps=EPS, steps=20, n_restarts=1, eot_iter=1)
+    best_theirs = theirs.attack_single_run(images, torch.zeros(16, dtype=torch.long))[0]
+    noise = start_noise(0, range(16), images.shape[1:])
+    ours = pgd(lambda x: -cosine(x), images, eps=EPS, alpha=9, steps=20, auto=True, noise=noise)
+    fixed = pgd(lambda x: -cosine(x), images, eps=EPS, alpha=ALPHA, steps=20)
+    assert (ours.images - images).abs().max() <= EPS + 1e-7
+    mean, mean_theirs, mean_fixed = (cosine(x).mean().item() for x in (ours.images, best_theirs, fixed.images))
+    assert mean == pytest.approx(mean_theirs, abs=0.01) and mean == pytest.approx(mean_fixed, abs=0.02)
+
+
+def test_apgd_looks_at_the_published_checkpoints():
+    assert sorted(apgd_checkpoints(100))[:6] == [22, 41, 57, 70, 80, 87]
 
 
 def test_start_noise_does_not_depend_on_the_batch():
