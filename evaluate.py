@@ -1,27 +1,39 @@
 #!/usr/bin/env python3
-"""Every model and defence under every attack: the result table and its figures.
+"""Every model and defence under every attack: the result table, its figures, and the checks that it must pass.
 
     python evaluate.py --reproduce --preset tiny    # the whole report on the embedded CLIP, minutes on a laptop
     python evaluate.py --reproduce                  # the whole report on CLIP ViT-L/14, on a GPU
     python evaluate.py --checkpoint fare4=hf-hub:chs20/fare4-clip --output_dir runs/report/with_fare
+    python evaluate.py --attack pgd apgd --attack_loss cosine margin --sanity --output_dir runs/report/truth
 
-Two attacks of one budget. *transfer*: images attacked once on the original model, then shown to the defended one (the
-report's protocol). *white-box*: attacked on the defence itself, end to end; for JPEG the adaptive attack of
-eval_jpeg.py. --reproduce first runs each missing stage as the command that a user would type.
+transfer    images attacked once on the original model, then shown to the defended one: the report's protocol
+white-box   the worst, image by image, of the transferred image and of every attack asked for on the defence itself, end
+            to end. For JPEG that is the adaptive attack: the real codec forward, a straight-through backward
+
+--reproduce first runs each missing stage as the command that a user would type. --sanity runs the battery of Carlini et
+al. 2019 (arXiv:1902.06705) on every row and marks those that fail.
 
 Files written to --output_dir (default runs/<preset>/evaluation); the stages' folders stand beside it:
-    table.md, metrics.json (per image, too), examples.png, histogram.png, table.png
+    table.md, metrics.json (per image, too), examples.png, histogram.png, table.png, with --sanity eps_curves.png
 """
+
 import argparse
-from functools import partial
+import copy
+import io
+import math
+import textwrap
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from PIL import Image
+from torch.nn import functional as F
 
 import common
-from common import attack_all, drop, encode_all, fail, improvement, jpeg, load_clip, load_examples
+from common import as_images, attack_all, drop, encode_all, fail, improvement, jpeg, load_clip, load_examples, number
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -34,8 +46,10 @@ REPORT = {  # Adversarial Robustness Evaluation for CLIP Models, on CLIP ViT-L/1
     "JPEG 50": (0.2513, 0.2147),
     "JPEG 30": (0.2513, 0.2329),
 }
-TRAINED = {"MAT": "mat", "caption-aware": "pgd"}  # row -> stage folder
+TRAINED = {"MAT": "mat", "caption-aware": "pgd", "caption-aware, online": "online"}  # row -> stage folder
+RANDOM_QUALITIES = 30, 75  # of JPEG random, both included
 DRAWS = 10_000  # of the bootstrap
+EPS_CURVE = [0, 1, 2, 4, 8, 16, 32, 64]  # grey levels
 
 
 def checkpoint(text):
@@ -48,28 +62,74 @@ def checkpoint(text):
     return name, source
 
 
+def quality(text):
+    """argparse type: a JPEG quality from 1 to 95, or 'random'."""
+    return text if text == "random" else number(1, 95)(text)
+
+
 def parse_args(argv=None):
     parser = common.make_parser(__doc__)
     group = parser.add_argument_group("rows of the table")
-    group.add_argument("--qualities", type=int, nargs="*", default=[75, 50, 30], help="JPEG rows (default: 75 50 30)")
+    group.add_argument(
+        "--qualities",
+        type=quality,
+        nargs="*",
+        default=[75, 50, 30],
+        help="a JPEG row each; random: drawn anew from 30-75 for each image (default: 75 50 30)",
+    )
+    group.add_argument(
+        "--defence",
+        action="append",
+        default=[],
+        metavar="ROW+jpegQ",
+        help="a further row: JPEG in front of a model, such as caption-aware+jpeg50 or online+jpegrandom; repeatable",
+    )
     group.add_argument(
         "--checkpoint",
         type=checkpoint,
         action="append",
         default=[],
         metavar="NAME=PATH_OR_MODEL",
-        help="a further row: a checkpoint file for --model, local-dir:DIR or hf-hub:ORG/NAME; may be repeated",
+        help="a further row: checkpoint or bare visual tower for --model, local-dir:DIR, hf-hub:ORG/NAME; repeatable",
     )
     group.add_argument("--adversarial_dir", help="of --split eval (default: adversarial_eval beside --output_dir)")
+    group = parser.add_argument_group("white-box attack: every combination is run, and the worst kept for each image")
+    group.add_argument("--attack", nargs="+", choices=["pgd", "apgd"], default=["pgd"], help="(default: pgd)")
+    group.add_argument(
+        "--attack_loss",
+        nargs="+",
+        choices=["cosine", "margin"],
+        default=["cosine"],
+        help="cosine with the own caption; margin: the own caption's lead over the hardest other (default: cosine)",
+    )
+    group.add_argument("--restarts", type=number(1), default=1, help="random starts (default: %(default)s)")
+    group.add_argument(
+        "--differentiable_jpeg",
+        action="store_true",
+        help="attack JPEG rows through a differentiable approximation as well; scores stay on the real bytes",
+    )
+    group.add_argument(
+        "--eot", type=number(1), default=4, help="draws averaged in each step against randomness (default: %(default)s)"
+    )
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--candidates",
+        choices=["evaluation", "mmeb"],
+        default="evaluation",
+        help="captions to retrieve from: those of the evaluation images, or MMEB's own list for each row (evaluation)",
+    )
+    group.add_argument("--sanity", action="store_true", help="run the battery of checks on every row")
+    group.add_argument("--sanity_images", type=number(2), default=24, help="images in it (default: %(default)s)")
     group = parser.add_argument_group("reproduction")
     group.add_argument("--reproduce", action="store_true", help="run every missing stage first")
-    group.add_argument("--num_train_images", type=common.number(1), help="images trained on (default: %(default)s)")
-    group.add_argument("--train_batch_size", type=common.number(1), help="of the trainings (default: %(default)s)")
-    group.add_argument("--val_images", type=common.number(1), help="of the trainings (default: %(default)s)")
-    group.add_argument("--epochs", type=common.number(1), help="of the trainings (default: %(default)s)")
-    group.add_argument("--lr", type=common.number(0, kind=float), help="of the trainings (default: %(default)s)")
-    threshold = {"type": common.number(0, kind=float), "default": 0.1}
-    group.add_argument("--loss_threshold", **threshold, help="of the caption-aware training (default: %(default)s)")
+    group.add_argument("--num_train_images", type=number(1), help="images trained on (default: %(default)s)")
+    group.add_argument("--train_batch_size", type=number(1), help="of the trainings (default: %(default)s)")
+    group.add_argument("--val_images", type=number(1), help="of the trainings (default: %(default)s)")
+    group.add_argument("--epochs", type=number(1), help="of the trainings (default: %(default)s)")
+    group.add_argument("--lr", type=number(0, kind=float), help="of the trainings (default: %(default)s)")
+    threshold = {"type": number(0, kind=float), "default": 0.1}
+    group.add_argument("--loss_threshold", **threshold, help="of the offline caption-aware training (%(default)s)")
+    group.add_argument("--online_steps", type=number(0), default=5, help="of the online training; 0: no such row (5)")
     return common.parse_flags(parser, argv, stage="evaluation", images="eval", batch="attack")
 
 
@@ -77,7 +137,6 @@ def reproduce(args):
     """Run the stages that are missing or unfinished, each as its own command."""
     default = parse_args(["--preset", args.preset])
     given = {key for key, value in vars(args).items() if value != getattr(default, key)}
-    moved = "output_dir" in given
 
     def command(script, stage, flags, **values):
         words = [script, *(["--preset", args.preset] if args.preset != "report" else [])]
@@ -86,23 +145,26 @@ def reproduce(args):
             if key in given:
                 words += [f"--{key}"] if getattr(args, key) is True else [f"--{key}", str(getattr(args, key))]
         folder = Path(args.output_dir).parent / stage
-        return folder, words + (["--output_dir", str(folder)] if moved else [])
+        return folder, words + (["--output_dir", str(folder)] if "output_dir" in given else [])
 
     shared = "model pretrained precision device train_data eval_data image_root sample_seed skip_bad_images"
     shared += " num_workers cache_dir eps alpha steps seed"
-    attack = f"{shared} batch_size"
+    attack, training = f"{shared} batch_size", f"{shared} val_images"
     sizes = {"num_images": args.num_train_images} if "num_train_images" in given else {}
     epochs = {"batch_size": args.train_batch_size, "lr": f"{args.lr:.0e}".replace("e-0", "e-"), "epochs": args.epochs}
-    threshold = {"loss_threshold": args.loss_threshold}
+    threshold, online = {"loss_threshold": args.loss_threshold}, {"online_steps": args.online_steps}
     stages = [
         command("generate_pgd_adversarial.py", "adversarial_train", attack, split="train", **sizes),
         command("generate_pgd_adversarial.py", "adversarial_eval", f"{attack} num_images", split="eval"),
-        command("defend_clip_mat_v2.py", "mat", f"{shared} val_images", **epochs, **sizes),
-        command("defend_clip_pgd_v2.py", "pgd", f"{shared} val_images", **epochs, **threshold, **sizes),
+        command("defend_clip_mat_v2.py", "mat", training, **epochs, **sizes),
+        command("defend_clip_pgd_v2.py", "pgd", training, **epochs, **threshold, **sizes),
+        command("defend_clip_pgd_v2.py", "online", training, **epochs, **online, **sizes),
         command("eval_jpeg.py", "jpeg", f"{attack} num_images"),
     ]
     for folder, words in stages:
         done = folder / "metrics.json"
+        if folder.name == "online" and not args.online_steps:
+            continue
         if done.exists() and common.read_json(done).get("argv", [])[1:] == words[1:]:
             print(f"{folder} is complete: skipped")
         else:
@@ -110,35 +172,217 @@ def reproduce(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Rows: a model, and what its images go through first
+
+
+@dataclass
+class Row:
+    name: str
+    clip: common.Clip
+    qualities: tuple = ()  # of the JPEG steps in front of it, in order; 'random' is drawn anew at each look
+    seconds: float | None = None  # training time
+
+    def view(self, encode_image, seed, codec=jpeg):
+        """encode_image of the whole defence; its random draws start from seed."""
+        draws = np.random.default_rng(seed)
+
+        def encode(images):
+            for q in self.qualities:
+                low, high = RANDOM_QUALITIES
+                images = codec(images, draws.integers(low, high + 1, len(images)) if q == "random" else q)
+            return encode_image(images)
+
+        return encode
+
+    @property
+    def randomised(self):
+        return "random" in self.qualities
+
+
+def build_rows(args, clip, stages, trained, examples):
+    """The rows of the table, in its order."""
+    models = {"original": clip}
+    rows = [Row("original", clip)]
+    files = [(name, str(stages / folder / "best.pt")) for name, folder in trained.items()]
+    for name, source in [*files, *args.checkpoint]:
+        model = models[name] = models[TRAINED.get(name, name)] = load_clip(args, source)
+        leaked = model.train_ids & set(examples.coco_ids)
+        if leaked:
+            fail(f"leakage: {source} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
+        rows.append(Row(name, model, seconds=training_seconds(stages, trained[name]) if name in trained else None))
+    rows += [Row(f"JPEG {q}", clip, (q,)) for q in args.qualities]
+    for spec in args.defence:
+        name, *steps = spec.split("+")
+        known = {key.lower(): key for key in models}
+        if name.lower() not in known or not steps or not all(step.startswith("jpeg") for step in steps):
+            fail(f"--defence {spec}: write MODEL+jpegQ, MODEL one of {', '.join(models)}")
+        try:
+            rows.append(Row(spec, models[known[name.lower()]], tuple(quality(step[4:]) for step in steps)))
+        except argparse.ArgumentTypeError as error:
+            fail(f"--defence {spec}: {error}")
+    return rows
+
+
+def training_seconds(stages, stage):
+    """Wall time of a training, the offline adversarial images included."""
+    seconds = common.read_json(stages / stage / "metrics.json")["training_seconds"]
+    if stage != "mat" and (stages / "adversarial_train" / "metrics.json").exists():
+        seconds += common.read_json(stages / "adversarial_train" / "metrics.json")["seconds"]
+    return seconds
+
+
+def differentiable_jpeg(images, quality):
+    """jpeg() with a gradient that knows of the quantisation: (B, 3, H, W) float32 in [0, 1], both ways.
+
+    Baseline JPEG as Pillow writes it (4:2:0) and libjpeg reads it, in floats. Coefficients are rounded in the forward
+    pass; the backward pass takes the derivative of the cubic of Shin & Song 2017 ("JPEG-resistant adversarial images"),
+    which tells which coefficients a small change can move.
+    """
+    height, width = images.shape[2:]
+    x = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate") * 255
+    to_ycc = x.new_tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+    luma, *chroma = torch.einsum("ij,bjhw->bihw", to_ycc, x).split(1, 1)
+    n = torch.arange(8, device=x.device)
+    dct = torch.cos((2 * n[None] + 1) * n[:, None] * math.pi / 16) * 0.5  # (8, 8), orthonormal
+    dct[0] = 8**-0.5
+    tables = [quantisation_tables(int(q)) for q in np.broadcast_to(quality, len(x))]
+
+    def quantise(plane, kind):  # (B, 1, H, W)
+        table = x.new_tensor([pair[kind] for pair in tables]).view(-1, 1, 1, 8, 8)
+        blocks = plane[:, 0].unfold(1, 8, 8).unfold(2, 8, 8)  # (B, H / 8, W / 8, 8, 8)
+        c = dct @ blocks @ dct.T / table
+        rounded = c.round().detach()
+        cubic = (c - rounded) ** 3
+        blocks = dct.T @ ((rounded + cubic - cubic.detach()) * table) @ dct
+        return blocks.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)[:, None]
+
+    planes = [quantise(luma - 128, 0) + 128]
+    for plane in chroma:
+        half = quantise(F.avg_pool2d(plane, 2), 1)
+        planes.append(F.interpolate(half, scale_factor=2, mode="bilinear", align_corners=False))
+    rgb = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(to_ycc), torch.cat(planes, 1))
+    return (rgb[..., :height, :width] / 255).clamp(0, 1)
+
+
+def quantisation_tables(quality):
+    """Pillow's luma and chroma tables of a quality, 64 numbers each, row by row."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG", quality=quality)
+    return [list(table) for table in Image.open(buffer).quantization.values()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def measure(clip, transform, examples, transfer, args, what):
-    """One row: every example clean, transferred and attacked white-box, seen by clip through transform.
+@dataclass
+class Candidates:
+    """The captions to retrieve from."""
 
-    returns   {condition: {"similarity": (N,), "rank_i2t": (N,), "rank_t2i": (N,)}} as lists, ranks from 0;
-              the white-box images uint8 (N, 3, S, S); the health of the attack
-    """
-    text_features = clip.encode_text(examples.captions)
-    frozen = clip.frozen()
-    white_box, health = attack_all(lambda images: frozen(transform(images)), examples, text_features, args, what=what)
-    conditions = {}
-    for name, pixels in {"clean": examples.pixels, "transfer": transfer, "white_box": white_box}.items():
-        features = encode_all(lambda x: clip.encode_image(transform(x)), pixels, args.batch_size, clip.device)
-        cosines = features @ text_features.T  # (N, N)
-        if not cosines.isfinite().all():
-            fail(f"row {what}: features of the {name} images are not finite; their similarity means nothing")
-        conditions[name] = {
-            "similarity": cosines.diagonal().tolist(),
-            "rank_i2t": ranks(cosines).tolist(),
-            "rank_t2i": ranks(cosines.T).tolist(),
-        }
-    return conditions, white_box, health
+    captions: list[str]  # M distinct ones
+    own: torch.Tensor  # (N,) index of each image's own caption
+    allowed: torch.Tensor  # (N, M) bool: candidates of each image
 
 
-def ranks(cosines):
-    """How many other entries of its row beat the own entry, the diagonal, 0 the best; (N, N) -> (N,)."""
-    return (cosines > cosines.diagonal()[:, None]).sum(1)
+def load_candidates(args, examples):
+    lists = [examples.captions] * len(examples)
+    if args.candidates == "mmeb":
+        _, table, rows = common.open_split(args, "eval")
+        row_of = {coco_id: row for row, _, coco_id in rows}
+        lists = table.select([row_of[coco_id] for coco_id in examples.coco_ids])["tgt_text"]
+        lists = [[text.strip() for text in texts] for texts in lists]
+    index = {caption: i for i, caption in enumerate(dict.fromkeys(text for texts in lists for text in texts))}
+    allowed = torch.zeros(len(examples), len(index), dtype=torch.bool)
+    for i, texts in enumerate(lists):
+        allowed[i, [index[text] for text in texts]] = True
+    return Candidates(list(index), torch.tensor([index[caption] for caption in examples.captions]), allowed)
+
+
+def score(row, pixels, candidates, args):
+    """Every image against every caption: similarity, lead over the hardest other caption, ranks from 0; (N,) each."""
+    clip = row.clip
+    text_features = clip.encode_text(candidates.captions)
+    features = encode_all(row.view(clip.encode_image, args.seed), pixels, args.batch_size, clip.device)
+    cosines = (features @ text_features.T).cpu()  # (N, M)
+    if not cosines.isfinite().all():
+        fail(f"row {row.name}: features are not finite; their similarity means nothing")
+    own = candidates.own[: len(cosines), None]
+    similarity = cosines.gather(1, own)  # (N, 1)
+    others = cosines.masked_fill(~candidates.allowed[: len(cosines)], -torch.inf).scatter(1, own, -torch.inf)
+    by_caption = cosines[:, own[:, 0]].T  # (N, N): row i is caption i against every image
+    return {
+        "similarity": similarity[:, 0].numpy(),
+        "margin": (similarity[:, 0] - others.amax(1)).numpy(),
+        "rank_i2t": (others > similarity).sum(1).numpy(),
+        "rank_t2i": (by_caption > by_caption.diagonal()[:, None]).sum(1).numpy(),
+    }
+
+
+def attack_loss(kind, row, candidates):
+    """cosine: the report's loss. margin: the lead of the hardest other caption over the own one."""
+    text_features = row.clip.encode_text(candidates.captions)
+    own = candidates.own.to(text_features.device)
+    if kind == "cosine":
+        return common.own_caption(text_features[own])
+    allowed = candidates.allowed.to(text_features.device)
+
+    def margin(image_features, here):
+        cosines = image_features @ text_features.T
+        others = cosines.masked_fill(~allowed[here], -torch.inf).scatter(1, own[here, None], -torch.inf)
+        return others.amax(1) - cosines.gather(1, own[here, None])[:, 0]
+
+    return margin
+
+
+def attack_row(row, examples, candidates, args, method="pgd", loss="cosine", restart=0, codec=jpeg):
+    """One attack on one row: pixels_adv, its score and its health."""
+    once = row.view(row.clip.frozen(), args.seed + 1 + restart, codec)
+    draws = args.eot if row.randomised else 1  # expectation over transformation, Athalye et al. 2018
+
+    def encode_image(images):
+        return torch.stack([once(images) for _ in range(draws)]).mean(0)
+
+    pixels_adv, health = attack_all(
+        encode_image,
+        examples,
+        attack_loss(loss, row, candidates),
+        args,
+        seed=7919 * restart,
+        auto=method == "apgd",
+        what=f"{row.name}, {method}, {loss}",
+    )
+    return pixels_adv, score(row, pixels_adv, candidates, args), health
+
+
+def attacks_on(row, args):
+    """The attacks of --attack, --attack_loss, --restarts and, on JPEG rows, both backward passes."""
+    codecs = {"straight-through": jpeg}
+    if row.qualities and args.differentiable_jpeg:
+        codecs["differentiable"] = differentiable_jpeg
+    for codec_name, codec in codecs.items():
+        for method in args.attack:
+            for loss in args.attack_loss:
+                for restart in range(args.restarts):
+                    name = f"{method}, {loss}, start {restart}" + (f", {codec_name}" if row.qualities else "")
+                    yield name, {"method": method, "loss": loss, "restart": restart, "codec": codec}
+
+
+def measure(row, examples, transfer, candidates, args):
+    """One row under every condition: {condition: {measure: (N,)}}, the worst images, {attack: mean}, health."""
+    conditions = {"clean": score(row, examples.pixels, candidates, args)}
+    conditions["transfer"] = score(row, transfer, candidates, args)
+    worst, pixels_worst = dict(conditions["transfer"]), transfer.clone()
+    means, healths = {}, []
+    for name, options in attacks_on(row, args):
+        pixels_adv, scored, health = attack_row(row, examples, candidates, args, **options)
+        means[name] = float(scored["similarity"].mean())
+        healths.append(health)
+        lower = scored["similarity"] < worst["similarity"]
+        pixels_worst[torch.from_numpy(lower)] = pixels_adv[torch.from_numpy(lower)]
+        for key, keep in (("similarity", np.minimum), ("margin", np.minimum), ("rank_i2t", np.maximum)):
+            worst[key] = keep(worst[key], scored[key])
+    worst["rank_t2i"] = score(row, pixels_worst, candidates, args)["rank_t2i"]
+    return conditions | {"white_box": worst}, pixels_worst, means, common.sum_health(healths)
 
 
 def interval(values, seed):
@@ -149,23 +393,102 @@ def interval(values, seed):
 
 
 def summarise(conditions, seed):
-    """Means, intervals and recalls of one row."""
-    row = {"n": len(conditions["clean"]["similarity"])}
+    """Means, intervals, recalls, attack success rates and margins of one row."""
+    summary = {"n": len(conditions["clean"]["similarity"])}
     for name, values in conditions.items():
-        row[f"{name}_similarity"] = float(np.mean(values["similarity"]))
-        row[f"{name}_interval"] = interval(values["similarity"], seed)
+        summary[f"{name}_similarity"] = float(values["similarity"].mean())
+        summary[f"{name}_interval"] = interval(values["similarity"], seed)
+        summary[f"{name}_margin"] = float(values["margin"].mean())
         for direction in ("i2t", "t2i"):
             for k in (1, 5):
-                row[f"{name}_recall_{direction}@{k}"] = float(np.mean(np.less(values[f"rank_{direction}"], k)))
-    return row
+                summary[f"{name}_recall_{direction}@{k}"] = float((values[f"rank_{direction}"] < k).mean())
+        summary[f"{name}_recall_i2t@1_interval"] = interval(values["rank_i2t"] < 1, seed)
+        if name != "clean":
+            summary[f"{name}_success_rate"] = float((values["rank_i2t"] > 0).mean())  # own caption no longer first
+    return summary
 
 
-def training_seconds(stages, stage):
-    """Wall time of a training, the offline adversarial images included; None if it is not known."""
-    seconds = common.read_json(stages / stage / "metrics.json")["training_seconds"]
-    if stage == "pgd":
-        seconds += common.read_json(stages / "adversarial_train" / "metrics.json")["seconds"]
-    return seconds
+def compare_rows(per_row, seed):
+    """Paired differences of white-box similarity and R@1 between every two rows, with 95 % bootstrap intervals."""
+    pairs, names = [], list(per_row)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            one, other = per_row[a]["white_box"], per_row[b]["white_box"]
+            similarity = one["similarity"] - other["similarity"]
+            recall = (one["rank_i2t"] < 1).astype(float) - (other["rank_i2t"] < 1)
+            low, high = interval(similarity, seed)
+            pairs.append({"rows": [a, b], "similarity": float(similarity.mean()), "similarity_interval": [low, high]})
+            pairs[-1] |= {"recall_i2t@1": float(recall.mean()), "recall_i2t@1_interval": interval(recall, seed)}
+            pairs[-1]["separated"] = not low <= 0 <= high
+    return pairs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sanity battery: what an attack's figure must survive before it is believed
+
+
+def sanity(row, examples, transfer, candidates, args):
+    """Carlini et al. 2019, section 5, on one row: [(check, holds, figures)], its eps curve [(eps, similarity, R@1)]."""
+
+    def run(restart=0, **budget):
+        changed = copy.copy(args)
+        vars(changed).update(budget)
+        return attack_row(row, examples, candidates, changed, restart=restart)
+
+    def mean(scored):
+        return float(scored["similarity"].mean())
+
+    pixels_adv, base, health = run()
+    figure, (low, high) = mean(base), interval(base["similarity"], args.seed)
+    checks = []
+
+    more = mean(run(steps=5 * args.steps)[1])
+    text = f"{args.steps} steps {figure:.3f}, {5 * args.steps} steps {more:.3f}, interval [{low:.3f}, {high:.3f}]"
+    checks.append(("more steps move it less than its interval", low <= more <= high, text))
+
+    restarts = np.minimum.reduce([base["similarity"], *(run(restart)[1]["similarity"] for restart in (1, 2))]).mean()
+    text = f"1 start {figure:.3f}, worst of 3 {restarts:.3f}, interval [{low:.3f}, {high:.3f}]"
+    checks.append(("more restarts move it less than its interval", low <= restarts <= high, text))
+
+    curve = []
+    for levels in EPS_CURVE:
+        if levels == 0:
+            scored = score(row, examples.pixels, candidates, args)
+        else:  # as many steps, each as large a part of the radius
+            scored = run(eps=levels / 255, alpha=args.alpha * (levels / 255) / args.eps)[1]
+        curve.append((levels, mean(scored), float((scored["rank_i2t"] < 1).mean())))
+    falls = all(b[1] <= a[1] + 0.02 for a, b in zip(curve, curve[1:]))
+    text = "R@1 " + ", ".join(f"{recall:.2f} at {levels}" for levels, _, recall in curve)
+    checks.append(("larger eps ends in total failure", falls and curve[-1][2] <= 0.05, text))
+
+    signs = common.start_noise(args.seed + 99, range(len(examples)), examples.pixels.shape[1:]).sign()
+    clean = as_images(np.asarray(examples.pixels), "cpu")
+    noise = mean(score(row, common.to_pixels(clean + args.eps * signs, examples.pixels, args.eps), candidates, args))
+    checks.append(("the attack beats random noise of its size", figure < noise, f"{figure:.3f}, noise {noise:.3f}"))
+
+    gap = score(row, transfer, candidates, args)["similarity"] - base["similarity"]
+    transfers = f"transfer minus white-box {gap.mean():+.3f}"
+    checks.append(("transfer does not beat white-box", interval(gap, args.seed)[1] >= 0, transfers))
+
+    dead, broken = health["images_with_zero_gradients"], health["images_with_nonfinite_values"]
+    text = f"{dead} images with a zero gradient, {broken} with a value not finite, of {len(examples)}"
+    checks.append(("gradients are there and finite", dead == broken == 0, text))
+
+    view, images = row.view(row.clip.encode_image, args.seed), as_images(pixels_adv, row.clip.device)
+    with torch.no_grad():
+        apart = (view(images) - view(images)).abs().max().item()
+    if row.randomised:
+        checks.append(("randomness is averaged over", args.eot > 1, f"{args.eot} draws a step"))
+    else:
+        checks.append(("the same image gives the same features", apart < 1e-3, f"largest difference {apart:.1e}"))
+
+    if row.clip.bf16:
+        row.clip.bf16 = False
+        exact = mean(run()[1])
+        row.clip.bf16 = True
+        text = f"bf16 {figure:.3f}, fp32 {exact:.3f}, interval [{low:.3f}, {high:.3f}]"
+        checks.append(("an fp32 attack is no stronger", exact >= low, text))
+    return checks, curve
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,40 +503,52 @@ def duration(seconds):
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def console_table(record):
-    """The table at 80 columns."""
-    lines = [
-        setting(record),
-        "",
-        f"{'':16}{'similarity':^26}{'improvement':^18}{'R@1 i2t':^12}{'train':>8}",
-        f"{'':16}{'clean':>7}{'transfer':>9}{'w-box':>10}{'transfer':>9}{'w-box':>9}"
-        f"{'clean':>6}{'w-box':>6}{'time':>8}",
-    ]
-    for name, row in record["rows"].items():
-        cells = [f"{name[:15]:16}{row['clean_similarity']:7.3f}{row['transfer_similarity']:9.3f}"]
-        cells.append(f"{row['white_box_similarity']:10.3f}")
-        cells += [f"{percent(row.get(f'improvement_{kind}')):>9}" for kind in ("transfer", "white_box")]
-        cells += [f"{row[f'{kind}_recall_i2t@1']:6.2f}" for kind in ("clean", "white_box")]
-        lines.append("".join(cells) + f"{duration(row['training_seconds']):>8}")
-    return "\n".join(lines)
+def percent(share):
+    return "-" if share is None else f"{share:+.1%}"
 
 
 def setting(record):
     args = record["args"]
     eps, alpha = (f"{args[key] * 255:.4g}/255" for key in ("eps", "alpha"))
     model = f"{args['model']} {args['pretrained']}".strip()
-    attack = f"PGD {args['steps']} steps, eps {eps}, alpha {alpha}"
-    return f"{model}, {record['n']} images\n{attack}"
+    kinds = f"{' + '.join(args['attack']).upper()}, {' + '.join(args['attack_loss'])} loss, {args['restarts']} start(s)"
+    return f"{model}, n = {record['n']}\n{kinds}, {args['steps']} steps, eps {eps}, alpha {alpha}"
 
 
-def percent(share):
-    return "-" if share is None else f"{share:+.1%}"
+def marked(record, name):
+    """The row's name, with a mark if it failed a check."""
+    failed = any(not holds for _, holds, _ in record["sanity"].get(name, {}).get("checks", []))
+    return f"{name} (!)" if failed else name
+
+
+def not_separated(record):
+    pairs = ["{} ~ {}".format(*pair["rows"]) for pair in record["paired"] if not pair["separated"]]
+    return "not separated in white-box similarity (95 % paired): " + ("; ".join(pairs) or "none, every pair differs")
+
+
+def console_table(record):
+    """The table at 80 columns."""
+    lines = [
+        setting(record),
+        "",
+        f"{'':21}{'similarity':^23}{'improvement':^16}{'R@1 i2t':^12}{'train':>8}",
+        f"{'':21}{'clean':>7}{'transfer':>9}{'w-box':>7}{'transf.':>8}{'w-box':>8}"
+        f"{'clean':>6}{'w-box':>6}{'time':>8}",
+    ]
+    for name, row in record["rows"].items():
+        cells = [f"{marked(record, name)[:21]:21}{row['clean_similarity']:7.3f}{row['transfer_similarity']:9.3f}"]
+        cells.append(f"{row['white_box_similarity']:7.3f}")
+        cells += [f"{percent(row.get(f'improvement_{kind}')):>8}" for kind in ("transfer", "white_box")]
+        cells += [f"{row[f'{kind}_recall_i2t@1']:6.2f}" for kind in ("clean", "white_box")]
+        lines.append("".join(cells) + f"{duration(row['training_seconds']):>8}")
+    return "\n".join([*lines, "", *textwrap.wrap(not_separated(record), 80)])
 
 
 NOTES = """\
-In brackets 95 % bootstrap intervals over the images. transfer: attacked once on the original model. white-box: attacked
-on the defence itself; for JPEG rows the real codec forward, its gradient taken as the identity. improvement: the share
-of the original model's drop that the defence takes away. training: wall time, the offline images included.
+In brackets 95 % bootstrap intervals over the images. transfer: attacked once on the original model. white-box: the worst
+for each image of the transferred one and of every attack on the defence itself; for JPEG the real codec forward, a
+straight-through backward. improvement: the share of the original model's drop that the defence takes away. R@1, R@5:
+image to text / text to image. success: own caption no longer first. training: wall time, offline images included.
 """
 
 
@@ -221,23 +556,38 @@ def markdown_table(record):
     """table.md: with intervals, and the report's figures beside ours where they are comparable."""
     report = REPORT if record["args"]["preset"] == "report" else {}
     header = ["defence", "clean", "transfer", "white-box", "improvement transfer", "improvement white-box"]
-    header += ["R@1 clean", "R@1 white-box", "n", "training"]
+    header += ["R@1 clean", "R@1 white-box", "R@5 white-box", "success", "margin", "n", "training"]
     header += ["report: clean", "report: transfer", "report: improvement"] if report else []
     lines = [header, ["---"] * len(header)]
     for name, row in record["rows"].items():
-        cells = [name]
+        cells = [marked(record, name)]
         for kind in ("clean", "transfer", "white_box"):
             low, high = row[f"{kind}_interval"]
             cells.append(f"{row[f'{kind}_similarity']:.4f} [{low:.3f}, {high:.3f}]")
         cells += [percent(row.get(f"improvement_{kind}")) for kind in ("transfer", "white_box")]
-        cells += [f"{row[f'{kind}_recall_i2t@1']:.1%}" for kind in ("clean", "white_box")]
+        for kind, k in (("clean", 1), ("white_box", 1), ("white_box", 5)):
+            cells.append(f"{row[f'{kind}_recall_i2t@{k}']:.0%} / {row[f'{kind}_recall_t2i@{k}']:.0%}")
+        cells += [f"{row['white_box_success_rate']:.0%}", f"{row['white_box_margin']:+.3f}"]
         cells += [str(row["n"]), duration(row["training_seconds"])]
         if name in report:
             gain = None if name == "original" else improvement(*report[name], *report["original"])
             cells += [*(f"{value:.4f}" for value in report[name]), percent(gain)]
         lines.append(cells + [""] * (len(header) - len(cells)))
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{setting(record).replace(chr(10), ', ')}.\n\n{table}\n\n{NOTES}"
+    text = f"{setting(record).replace(chr(10), ', ')}.\n\n{table}\n\n{NOTES}\n{not_separated(record)}.\n"
+    if record["sanity"]:
+        text += f"\nSanity battery, {record['args']['sanity_images']} images; (!) marks a row that fails a check:\n\n"
+        text += "".join(f"- {line}\n" for line in sanity_lines(record))
+    return text
+
+
+def sanity_lines(record):
+    """One line a check: holds or not, with the figures."""
+    return [
+        f"{'holds' if holds else 'FAILS'}  {name}: {check}: {figures}"
+        for name, row in record["sanity"].items()
+        for check, holds, figures in row["checks"]
+    ]
 
 
 def draw_examples(path, examples, adversarial, clip):
@@ -308,7 +658,39 @@ def draw_table(path, record):
     plt.close(figure)
 
 
+def draw_eps_curves(path, record):
+    """R@1 and similarity of every row against the attack's radius."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for name, row in record["sanity"].items():
+        levels, similarity, recall = zip(*row["eps_curve"])
+        axes[0].plot(range(len(levels)), similarity, marker=".", label=name)
+        axes[1].plot(range(len(levels)), recall, marker=".", label=name)
+    for axis, label in zip(axes, ("mean cosine with the own caption", "image-to-text R@1")):
+        axis.set_xticks(range(len(EPS_CURVE)), EPS_CURVE)
+        axis.set(xlabel=f"eps in grey levels, {record['args']['sanity_images']} images", ylabel=label)
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.axvline(EPS_CURVE.index(8), color="grey", linewidth=0.6, linestyle=":")
+    axes[1].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def announce(rows, examples, candidates, args):
+    """Print the work of the table before it starts, with an estimate from one batch of the first row."""
+    draws = {row.name: args.eot if row.randomised else 1 for row in rows}
+    work = sum(len(list(attacks_on(row, args))) * draws[row.name] for row in rows) * len(examples) * args.steps
+    if args.sanity:  # 20 times the steps of one attack, see sanity(): 5 + 1 + 2 + one a radius
+        work += sum(draws.values()) * args.sanity_images * args.steps * (8 + len(EPS_CURVE) - 1)
+    first, began = examples.part(0, args.batch_size), time.perf_counter()
+    once = copy.copy(args)
+    once.steps = 2
+    attack_row(rows[0], first, candidates, once)
+    seconds = work * (time.perf_counter() - began) / (3 * len(first))
+    print(f"{len(rows)} rows, {work:,} image-steps of attack: about {duration(seconds)}", flush=True)
 
 
 def main(args):
@@ -323,47 +705,48 @@ def main(args):
         print(f"no finished run in {stages / TRAINED[name]}: the row {name} is left out")
 
     examples = load_examples(args, "eval", args.num_images)
-    clip = load_clip(args)
     transfer = torch.from_numpy(common.load_adversarial(transfer_dir, examples, args))
-    files = {name: str(stages / folder / "best.pt") for name, folder in trained.items()}
-    rows, per_image, health = {}, {}, {}
+    candidates = load_candidates(args, examples)
+    rows = build_rows(args, load_clip(args), stages, trained, examples)
+    announce(rows, examples, candidates, args)
 
-    def add_row(name, model, transform=lambda images: images, seconds=None):
-        per_image[name], white_box, health[name] = measure(model, transform, examples, transfer, args, name)
-        rows[name] = row = summarise(per_image[name], args.seed) | {"training_seconds": seconds}
-        first = rows["original"]
+    record = {"n": len(examples), "rows": {}, "paired": [], "sanity": {}, "attacks": {}, "health": {}}
+    per_row, original_worst = {}, None
+    for row in rows:
+        per_row[row.name], worst, means, health = measure(row, examples, transfer, candidates, args)
+        record["attacks"][row.name], record["health"][row.name] = means, health
+        summary = summarise(per_row[row.name], args.seed) | {"training_seconds": row.seconds}
+        record["rows"][row.name] = summary
+        first = record["rows"]["original"]
+        original_worst = worst if original_worst is None else original_worst
         for kind in ("transfer", "white_box"):
-            row[f"{kind}_drop"] = drop(row["clean_similarity"], row[f"{kind}_similarity"])
-            if name != "original":
-                figures = [r[f"{k}_similarity"] for r in (row, first) for k in ("clean", kind)]
-                row[f"improvement_{kind}"] = improvement(*figures)
-        return white_box
-
-    white_box = add_row("original", clip)
-    for name, source in [*files.items(), *args.checkpoint]:
-        model = load_clip(args, source)
-        leaked = model.train_ids & set(examples.coco_ids)
-        if leaked:
-            fail(f"leakage: {source} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
-        add_row(name, model, seconds=training_seconds(stages, trained[name]) if name in trained else None)
-    for quality in args.qualities:
-        add_row(f"JPEG {quality}", clip, partial(jpeg, quality=quality))
-
-    record = {
-        "n": len(examples),
-        "rows": rows,
-        "attack": health,
-        "coco_ids": examples.coco_ids,
-        "skipped_images": examples.skipped,
-        "per_image": per_image,
+            summary[f"{kind}_drop"] = drop(summary["clean_similarity"], summary[f"{kind}_similarity"])
+            if row.name != "original":
+                figures = [r[f"{k}_similarity"] for r in (summary, first) for k in ("clean", kind)]
+                summary[f"improvement_{kind}"] = improvement(*figures)
+        if args.sanity:
+            few = examples.part(0, args.sanity_images)
+            checks, curve = sanity(row, few, transfer[: len(few)], candidates, args)
+            record["sanity"][row.name] = {"checks": checks, "eps_curve": curve}
+    record["paired"] = compare_rows(per_row, args.seed)
+    record |= {"coco_ids": examples.coco_ids, "skipped_images": examples.skipped}
+    record["per_image"] = {
+        name: {kind: {key: values.tolist() for key, values in scored.items()} for kind, scored in conditions.items()}
+        for name, conditions in per_row.items()
     }
+
     shown = {"args": vars(args)} | record
-    draw_examples(run.dir / "examples.png", examples, white_box, clip)
+    figures = ["examples.png", "histogram.png", "table.png"]
+    draw_examples(run.dir / "examples.png", examples, original_worst, rows[0].clip)
     draw_histograms(run.dir / "histogram.png", shown)
     draw_table(run.dir / "table.png", shown)
+    if args.sanity:
+        draw_eps_curves(run.dir / "eps_curves.png", shown)
+        figures.append("eps_curves.png")
+        print("\n" + "\n".join(sanity_lines(record)))
     common.write_text(run.dir / "table.md", markdown_table(shown))
-    run.finish(clip.device, **record)
-    print(f"\n{console_table(shown)}\n\n{run.dir}: table.md, metrics.json, examples.png, histogram.png, table.png")
+    run.finish(rows[0].clip.device, **record)
+    print(f"\n{console_table(shown)}\n\nin {run.dir}: table.md, metrics.json, {', '.join(figures)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from PIL import Image
 
 TRAIN, EVAL, VALIDATION = 48, 16, 8
 SMALL = ["--preset", "tiny", "--num_images", EVAL, "--num_train_images", TRAIN, "--val_images", VALIDATION]
-SMALL += ["--epochs", 2, "--steps", 8, "--qualities", 50]
+SMALL += ["--epochs", 2, "--steps", 8, "--qualities", 50, "--online_steps", 2]
 
 
 def metrics(folder):
@@ -32,11 +32,11 @@ def report(tmp_path_factory):
 
 def test_reproduce_runs_the_stages_as_commands_and_ends_with_the_table(report):
     folder, printed, _ = report
-    stages = ["adversarial_train", "adversarial_eval", "mat", "pgd", "jpeg"]
+    stages = ["adversarial_train", "adversarial_eval", "mat", "pgd", "online", "jpeg"]
     commands = [line for line in printed.splitlines() if line.startswith("$ python ")]
     assert [line.split("--output_dir ")[1] for line in commands] == [str(folder / stage) for stage in stages]
     rows = metrics(folder / "evaluation")["rows"]
-    assert list(rows) == ["original", "MAT", "caption-aware", "JPEG 50"]
+    assert list(rows) == ["original", "MAT", "caption-aware", "caption-aware, online", "JPEG 50"]
     assert all(name in printed for name in rows)
     assert max(map(len, printed.split("PGD 8 steps")[1].splitlines()[:-1])) <= 80
     for name in ("table.md", "examples.png", "histogram.png", "table.png"):
@@ -61,8 +61,8 @@ def test_the_attack_breaks_the_model_and_the_table_adds_up(report):
         if name != "original":
             lost, lost_0 = (r["clean_similarity"] - r["white_box_similarity"] for r in (row, original))
             assert row["improvement_white_box"] == pytest.approx(1 - lost / lost_0)
-        assert record["attack"][name]["max_abs_delta_grey_levels"] == 8
-        assert record["attack"][name]["images_with_nonfinite_values"] == 0
+        assert record["health"][name]["max_abs_delta_grey_levels"] == 8
+        assert record["health"][name]["images_with_nonfinite_values"] == 0
     assert record["rows"]["JPEG 50"]["white_box_similarity"] < record["rows"]["JPEG 50"]["transfer_similarity"]
 
 
@@ -70,8 +70,8 @@ def test_a_second_reproduce_skips_everything_and_shows_the_table_again(report):
     folder, printed, command = report
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.json")}
     again, _ = shell(*command)
-    assert again.count("is complete") == 6 and "$ python" not in again
-    assert printed.split("PGD 8 steps")[1].splitlines()[:8] == again.split("PGD 8 steps")[1].splitlines()[:8]
+    assert again.count("is complete") == 7 and "$ python" not in again
+    assert printed.split("PGD 8 steps")[1].splitlines()[:9] == again.split("PGD 8 steps")[1].splitlines()[:9]
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.json")}
 
 
@@ -83,7 +83,7 @@ def test_other_flags_do_not_overwrite(report):
 
 def test_metrics_say_how_a_run_was_made(report):
     keys = ["argv", "args", "inputs", "commit", "versions", "device", "started", "seconds", "peak_memory_bytes", "n"]
-    for stage in ("adversarial_train", "adversarial_eval", "mat", "pgd", "jpeg", "evaluation"):
+    for stage in ("adversarial_train", "adversarial_eval", "mat", "pgd", "online", "jpeg", "evaluation"):
         record = metrics(report[0] / stage)
         assert record.keys() >= set(keys), stage
         assert record["seconds"] > 0 and record["peak_memory_bytes"] > 1e8
