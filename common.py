@@ -484,10 +484,13 @@ def find_weights(name, pretrained):
 
 
 def load_clip(args, source=None):
-    """The CLIP of --model and --pretrained; source, if given, is a checkpoint for --model, local-dir: or hf-hub:."""
-    name, pretrained = args.model, source or args.pretrained
+    """The CLIP of --model and --pretrained; with source, another: local-dir:, hf-hub:, or a file of weights for it.
+
+    The file is a checkpoint, or the state dict of a visual tower alone, which keeps the text tower of --pretrained.
+    """
+    name, pretrained, over = args.model, args.pretrained, source and Path(source)
     if source and source.startswith(("local-dir:", "hf-hub:")):
-        name, pretrained = source, ""
+        name, pretrained, over = source, "", None
     tag, file = find_weights(name, pretrained)
     own = bool(tag) or pretrained == ""
     torch.manual_seed(args.seed)  # random weights are the same in every script
@@ -500,11 +503,15 @@ def load_clip(args, source=None):
     finally:
         logging.disable(logging.NOTSET)
     train_ids = load_checkpoint(model, name, file) if file else set()
+    train_ids |= load_checkpoint(model, name, over, tower_alone=True) if over else set()
     return Clip(model, tokenizer, name, pick_device(args.device), args.precision, train_ids)
 
 
-def load_checkpoint(model, name, file):
-    """Fill model from a .pt or .safetensors file without running code in it; returns the COCO ids it was trained on."""
+def load_checkpoint(model, name, file, tower_alone=False):
+    """Fill model from a .pt or .safetensors file without running code in it; returns the COCO ids it was trained on.
+
+    tower_alone   the file may hold the visual tower alone; the text tower is then the model's
+    """
     try:
         if file.suffix == ".safetensors":
             checkpoint = open_clip.factory.load_state_dict(str(file))
@@ -515,7 +522,9 @@ def load_checkpoint(model, name, file):
             fail(f"{file} was made {'with' if quick else 'without'} QuickGELU and --model {name} is not: use its twin")
         if quick is None and f"{name}-quickgelu" in open_clip.list_models():
             print(f"note: {file} does not say its activation; GELU is taken. OpenAI's weights want {name}-quickgelu")
-        if state.keys() == model.visual.state_dict().keys():  # a bare visual tower
+        if state.keys() == model.visual.state_dict().keys():
+            if not tower_alone:
+                fail(f"{file} is a visual tower without its text tower: give it as evaluate.py --checkpoint NAME={file}")
             model.visual.load_state_dict(state)
         else:
             open_clip.load_checkpoint(model, str(file))

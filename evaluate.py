@@ -545,9 +545,9 @@ def console_table(record):
 
 
 NOTES = """\
-In brackets 95 % bootstrap intervals over the images. transfer: attacked once on the original model. white-box: the worst
-for each image of the transferred one and of every attack on the defence itself; for JPEG the real codec forward, a
-straight-through backward. improvement: the share of the original model's drop that the defence takes away. R@1, R@5:
+In brackets 95 % bootstrap intervals over the images. transfer: attacked once on the original model. white-box: the
+worst for each image of the transferred one and of every attack on the defence itself; for JPEG the real codec forward,
+a straight-through backward. improvement: the share of the original model's drop that the defence takes away. R@1, R@5:
 image to text / text to image. success: own caption no longer first. training: wall time, offline images included.
 """
 

@@ -78,7 +78,7 @@ def test_a_checkpoint_gives_the_same_recalls_in_clip_benchmark(tmp_path):
     for theirs, direction in {"text_retrieval_recall": "i2t", "image_retrieval_recall": "t2i"}.items():
         for k in (1, 5):
             value = recalls[f"{theirs}@{k}"]
-            assert math.isfinite(value) and value > 0.5 > 10 * k / N  # chance is k / N
+            assert math.isfinite(value) and value > 0.8  # chance is k / N, at most 0.05
             assert value == pytest.approx(ours[f"clean_recall_{direction}@{k}"], abs=1e-6)
 
 
