@@ -251,7 +251,6 @@ class Run:
 
     def finish(self, device, **metrics):
         """Write metrics.json: how the run was made, then the script's own figures."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, open_clip, datasets, np)}
         on_gpu = device.type == "cuda"
         record = {
@@ -263,9 +262,17 @@ class Run:
             "device": f"{device} ({torch.cuda.get_device_name(device) if on_gpu else platform.machine()})",
             "started": self.started.isoformat(),
             "seconds": round(self.seconds(), 3),
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory(),
         }
         write_json(self.dir / "metrics.json", record | metrics)
+
+
+def peak_memory():
+    """Largest resident size of this process, bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def differing_flags(old, new):
@@ -524,7 +531,7 @@ def load_checkpoint(model, name, file, tower_alone=False):
             print(f"note: {file} does not say its activation; GELU is taken. OpenAI's weights want {name}-quickgelu")
         if state.keys() == model.visual.state_dict().keys():
             if not tower_alone:
-                fail(f"{file} is a visual tower without its text tower: give it as evaluate.py --checkpoint NAME={file}")
+                fail(f"{file} is a visual tower alone: give it as evaluate.py --checkpoint NAME={file}")
             model.visual.load_state_dict(state)
         else:
             open_clip.load_checkpoint(model, str(file))

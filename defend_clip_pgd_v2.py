@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Caption-aware adversarial training: fine-tune CLIP's visual tower on clean and adversarial images.
 
-Each batch holds every image and its adversarial twin; the loss is the mean of the clean and the adversarial loss, after
-TeCoA (Mao et al. 2023, arXiv:2212.07016). The twins are
+Each batch holds every image and its adversarial twin; the loss is the mean of the clean and the adversarial loss: both
+contrastive as in TeCoA (Mao et al. 2023, arXiv:2212.07016), or the adversarial one as in FARE (Schlarmann et al. 2024,
+arXiv:2402.12336). The twins are
 
     offline (the report's, the default): made once against the original model by generate_pgd_adversarial.py, which this
         script runs first if --adversarial_dir is not there. The model can learn them by heart: look at the white-box
@@ -32,10 +33,11 @@ def parse_args(argv=None):
     group.add_argument(
         "--adversarial_loss",
         choices=["contrastive", "fare"],
-        default="contrastive",
-        help="fare: squared L2 distance of the adversarial feature to the original model's clean one (contrastive)",
+        help="fare: squared L2 distance of the adversarial feature to the original model's clean one "
+        "(default: contrastive offline, fare online)",
     )
     args = common.parse_flags(parser, argv, stage="pgd", images="train", batch="train")
+    args.adversarial_loss = args.adversarial_loss or ("fare" if args.online_steps else "contrastive")
     if args.online_steps and args.output_dir == f"runs/{args.preset}/pgd":
         args.output_dir = f"runs/{args.preset}/online"
     return args

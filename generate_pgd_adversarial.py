@@ -76,7 +76,7 @@ def main(args):
 
     loss_fn = own_caption(text_features)
     batches = attack_batches(clip.frozen(), examples, loss_fn, args, random_start=not args.no_random_start)
-    pending = deque()
+    pending, began = deque(), run.seconds()
     with ThreadPoolExecutor(args.num_workers) as pool:  # the next batch is attacked while this one is written
         for start, pixels_adv, attacked in batches:
             paths = [run.dir / name for name in files[start : start + len(pixels_adv)]]
@@ -85,7 +85,7 @@ def main(args):
                 settle(*pending.popleft())
         while pending:
             settle(*pending.popleft())
-    health = common.sum_health(healths)
+    finished, health = run.seconds(), common.sum_health(healths)
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     common.write_text(run.dir / "metadata.jsonl", lines)
     clean, adversarial = (np.array([e[f"{kind}_similarity"] for e in entries]) for kind in ("clean", "adversarial"))
@@ -97,7 +97,7 @@ def main(args):
         drop=drop(clean.mean(), adversarial.mean()),
         share_lowered=(adversarial < clean).mean(),
         attack=health,
-        images_per_s=len(entries) / run.seconds(),
+        images_per_s=len(entries) / (finished - began),
         skipped_images=examples.skipped,
     )
     print(
