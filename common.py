@@ -1,4 +1,4 @@
-"""The instrument that the five scripts share: flags, runs, CLIP, MMEB, the attack, training, metrics.
+"""The instrument that the five scripts share: flags, runs, CLIP, MMEB, the attack, training.
 
 Words and units, the same everywhere:
     images          (B, 3, H, W) float32 pixels in [0, 1], after resize and centre crop, before CLIP's normalisation
@@ -244,7 +244,10 @@ class Run:
             (self.dir / ".write_test").unlink()
         except OSError as error:
             fail(f"cannot write to --output_dir {self.dir}: {error.strerror}")
-        done.unlink(missing_ok=True)
+
+    def begin(self):
+        """To be called before the first file is written: from here to finish() the folder is not complete."""
+        (self.dir / "metrics.json").unlink(missing_ok=True)
 
     def seconds(self):
         return time.perf_counter() - self.clock
@@ -1085,6 +1088,7 @@ def train(args, run, clip, training, validation, make_twins, twin_loss_fn=None):
     device, visual = clip.device, clip.model.visual
     state_bytes = sum(t.numel() * t.element_size() for t in clip.model.state_dict().values())
     require_disk(run.dir, 3 * state_bytes)
+    run.begin()
     clip.model.requires_grad_(False)
     visual.requires_grad_(True)
     matrices = [p for p in visual.parameters() if p.ndim >= 2]
@@ -1187,19 +1191,3 @@ def validate(args, clip, validation):
         "val_clean": (clean * text_features).sum(-1).mean().item(),
         "val_white_box": (attacked * text_features).sum(-1).mean().item(),
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def improvement(clean, adversarial, clean_0, adversarial_0):
-    """Share of the original model's drop that a defence takes away: 1 - (clean - adv) / (clean_0 - adv_0)."""
-    return 1 - (clean - adversarial) / (clean_0 - adversarial_0)
-
-
-def drop(clean, adversarial):
-    """Share of the clean similarity that an attack takes away; above 1 when the similarity turns negative."""
-    return (clean - adversarial) / clean
-
-

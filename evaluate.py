@@ -33,7 +33,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import common
-from common import as_images, attack_all, drop, encode_all, fail, improvement, jpeg, load_clip, load_examples, number
+from common import as_images, attack_all, encode_all, fail, jpeg, load_clip, load_examples, number
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -383,6 +383,16 @@ def measure(row, examples, transfer, candidates, args):
             worst[key] = keep(worst[key], scored[key])
     worst["rank_t2i"] = score(row, pixels_worst, candidates, args)["rank_t2i"]
     return conditions | {"white_box": worst}, pixels_worst, means, common.sum_health(healths)
+
+
+def improvement(clean, adversarial, clean_0, adversarial_0):
+    """Share of the original model's drop that a defence takes away: 1 - (clean - adv) / (clean_0 - adv_0)."""
+    return 1 - (clean - adversarial) / (clean_0 - adversarial_0)
+
+
+def drop(clean, adversarial):
+    """Share of the clean similarity that an attack takes away; above 1 when the similarity turns negative."""
+    return (clean - adversarial) / clean
 
 
 def interval(values, seed):
@@ -735,6 +745,7 @@ def main(args):
         for name, conditions in per_row.items()
     }
 
+    run.begin()
     shown = {"args": vars(args)} | record
     figures = ["examples.png", "histogram.png", "table.png"]
     draw_examples(run.dir / "examples.png", examples, original_worst, rows[0].clip)
