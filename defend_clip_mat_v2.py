@@ -12,6 +12,7 @@ Files written to --output_dir (default runs/<preset>/mat):
     log.jsonl          one line per step
     metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
 """
+
 import torch
 from torch.nn import functional as F
 

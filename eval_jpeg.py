@@ -11,6 +11,7 @@ gradient taken as the identity (BPDA, Athalye et al. 2018, arXiv:1802.00420). Ev
 Files written to --output_dir (default runs/<preset>/jpeg):
     metrics.json   similarity of each condition, with per-image values
 """
+
 import common
 from common import attack_all, encode_all, jpeg, load_clip, load_examples, own_caption
 
@@ -51,6 +52,7 @@ def main(args):
         mean = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}
         qualities[q] = mean | {"per_image": per_image}
         print(f"JPEG quality {q:<6}" + "".join(f"{value:10.4f}" for value in mean.values()), flush=True)
+    run.begin()
     run.finish(
         clip.device,
         n=len(examples),

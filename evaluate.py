@@ -542,8 +542,7 @@ def console_table(record):
         setting(record),
         "",
         f"{'':21}{'similarity':^23}{'improvement':^16}{'R@1 i2t':^12}{'train':>8}",
-        f"{'':21}{'clean':>7}{'transfer':>9}{'w-box':>7}{'transf.':>8}{'w-box':>8}"
-        f"{'clean':>6}{'w-box':>6}{'time':>8}",
+        f"{'':21}{'clean':>7}{'transfer':>9}{'w-box':>7}{'transf.':>8}{'w-box':>8}{'clean':>6}{'w-box':>6}{'time':>8}",
     ]
     for name, row in record["rows"].items():
         cells = [f"{marked(record, name)[:21]:21}{row['clean_similarity']:7.3f}{row['transfer_similarity']:9.3f}"]

@@ -13,6 +13,7 @@ Files written to --output_dir (default runs/<preset>/adversarial_<split>):
     metadata.jsonl   file_name, caption, coco_id, clean and adversarial similarity, linf in grey levels
     metrics.json     the sums, re-measured on the saved files
 """
+
 import json
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +22,7 @@ import numpy as np
 from PIL import Image
 
 import common
-from common import (
-    attack_batches,
-    attack_health,
-    drop,
-    encode_all,
-    linf_grey_levels,
-    load_clip,
-    load_examples,
-    own_caption,
-)
+from common import attack_batches, attack_health, encode_all, linf_grey_levels, load_clip, load_examples, own_caption
 
 
 def parse_args(argv=None):
@@ -53,6 +45,7 @@ def main(args):
     examples = load_examples(args, args.split, args.num_images)
     clip = load_clip(args)
     common.require_disk(run.dir, 1.1 * examples.pixels.nbytes)
+    run.begin()
     folder = run.dir / "images"
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.png"):  # of a run with more images
@@ -94,7 +87,6 @@ def main(args):
         n=len(entries),
         clean_similarity=clean.mean(),
         adversarial_similarity=adversarial.mean(),
-        drop=drop(clean.mean(), adversarial.mean()),
         share_lowered=(adversarial < clean).mean(),
         attack=health,
         images_per_s=len(entries) / (finished - began),

@@ -15,6 +15,7 @@ Files written beside this script:
 
 No evaluation scene, in either word order, is among the scenes that the CLIP or the training rows are made of.
 """
+
 import argparse
 import io
 import json
