@@ -57,6 +57,7 @@ PRESETS = {  # defaults of every flag that depends on the size of the experiment
         "batch_size": {"train": 16, "attack": 64},
         "val_images": 250,
         "lr": 1e-5,
+        "online_lr": 1e-5,
         "epochs": 3,
     },
     "tiny": {
@@ -64,10 +65,11 @@ PRESETS = {  # defaults of every flag that depends on the size of the experiment
         "pretrained": "",
         "train_data": f"{TINY}/MMEB-train",
         "eval_data": f"{TINY}/MMEB-eval",
-        "num_images": {"train": 1000, "eval": 100},
+        "num_images": {"train": 800, "eval": 100},
         "batch_size": {"train": 16, "attack": 50},
-        "val_images": 50,
+        "val_images": 40,
         "lr": 1e-4,
+        "online_lr": 2e-4,
         "epochs": 3,
     },
 }

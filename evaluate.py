@@ -127,6 +127,7 @@ def parse_args(argv=None):
     group.add_argument("--val_images", type=number(1), help="of the trainings (default: %(default)s)")
     group.add_argument("--epochs", type=number(1), help="of the trainings (default: %(default)s)")
     group.add_argument("--lr", type=number(0, kind=float), help="of the trainings (default: %(default)s)")
+    group.add_argument("--online_lr", type=number(0, kind=float), help="of the online training (default: %(default)s)")
     threshold = {"type": number(0, kind=float), "default": 0.1}
     group.add_argument("--loss_threshold", **threshold, help="of the offline caption-aware training (%(default)s)")
     group.add_argument("--online_steps", type=number(0), default=5, help="of the online training; 0: no such row (5)")
@@ -151,14 +152,19 @@ def reproduce(args):
     shared += " num_workers cache_dir eps alpha steps seed"
     attack, training = f"{shared} batch_size", f"{shared} val_images"
     sizes = {"num_images": args.num_train_images} if "num_train_images" in given else {}
-    epochs = {"batch_size": args.train_batch_size, "lr": f"{args.lr:.0e}".replace("e-0", "e-"), "epochs": args.epochs}
+
+    def epochs(lr):
+        short = f"{lr:.0e}".replace("e-0", "e-")
+        lr = short if float(short) == lr else lr
+        return {"batch_size": args.train_batch_size, "lr": lr, "epochs": args.epochs, **sizes}
+
     threshold, online = {"loss_threshold": args.loss_threshold}, {"online_steps": args.online_steps}
     stages = [
         command("generate_pgd_adversarial.py", "adversarial_train", attack, split="train", **sizes),
         command("generate_pgd_adversarial.py", "adversarial_eval", f"{attack} num_images", split="eval"),
-        command("defend_clip_mat_v2.py", "mat", training, **epochs, **sizes),
-        command("defend_clip_pgd_v2.py", "pgd", training, **epochs, **threshold, **sizes),
-        command("defend_clip_pgd_v2.py", "online", training, **epochs, **online, **sizes),
+        command("defend_clip_mat_v2.py", "mat", training, **epochs(args.lr)),
+        command("defend_clip_pgd_v2.py", "pgd", training, **epochs(args.lr), **threshold),
+        command("defend_clip_pgd_v2.py", "online", training, **epochs(args.online_lr), **online),
         command("eval_jpeg.py", "jpeg", f"{attack} num_images"),
     ]
     for folder, words in stages:
