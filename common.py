@@ -46,7 +46,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
-TINY = os.path.relpath(ROOT / "tests" / "tiny")
+TINY = ROOT / "tests" / "tiny"
 PRESETS = {  # defaults of every flag that depends on the size of the experiment; a flag given overrides them
     "report": {
         "model": "ViT-L-14-quickgelu",
@@ -197,14 +197,20 @@ def parse_flags(parser, argv, *, stage, images, batch):
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--preset", choices=PRESETS, default="report")
     chooser.add_argument("--split", default="train")
+    chooser.add_argument("--model", default="")
     chosen = chooser.parse_known_args(argv)[0]
     defaults = dict(PRESETS[chosen.preset], output_dir=f"runs/{chosen.preset}/{stage.format(split=chosen.split)}")
     counts, sizes = defaults["num_images"], defaults["batch_size"]
     defaults |= {"num_images": counts.get(images.format(split=chosen.split)), "batch_size": sizes[batch]}
     defaults |= {"num_train_images": counts["train"], "train_batch_size": sizes["train"]}
+    if chosen.model.startswith(("local-dir:", "hf-hub:")):
+        defaults["pretrained"] = ""  # such a model brings its weights
     known = vars(parser.parse_args([]))
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in known})
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if grey_levels(args.eps) < 1:
+        parser.error(f"--eps {args.eps:g} is under one grey level, 1/255: no 8-bit image is inside that ball")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,6 +255,7 @@ class Run:
 
     def begin(self):
         """To be called before the first file is written: from here to finish() the folder is not complete."""
+        (self.dir / ".run").touch()  # this folder is ours
         (self.dir / "metrics.json").unlink(missing_ok=True)
 
     def seconds(self):
@@ -516,6 +523,9 @@ def load_clip(args, source=None):
         logging.disable(logging.NOTSET)
     train_ids = load_checkpoint(model, name, file) if file else set()
     train_ids |= load_checkpoint(model, name, over, tower_alone=True) if over else set()
+    sizes = [model_config(n)["vision_cfg"].get("image_size", 224) for n in (name, args.model)]
+    if sizes[0] != sizes[1]:
+        fail(f"{name} takes images of {sizes[0]} pixels and --model {args.model} of {sizes[1]}: one table, one size")
     return Clip(model, tokenizer, name, pick_device(args.device), args.precision, train_ids)
 
 
@@ -532,8 +542,9 @@ def load_checkpoint(model, name, file, tower_alone=False):
         state, quick = checkpoint.get("state_dict", checkpoint), checkpoint.get("quick_gelu")
         if quick is not None and quick != bool(model_config(name).get("quick_gelu", False)):
             fail(f"{file} was made {'with' if quick else 'without'} QuickGELU and --model {name} is not: use its twin")
-        if quick is None and f"{name}-quickgelu" in open_clip.list_models():
-            print(f"note: {file} does not say its activation; GELU is taken. OpenAI's weights want {name}-quickgelu")
+        twin = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+        if quick is None and twin in open_clip.list_models():
+            print(f"note: {file} does not say whether it wants {name} or {twin} (OpenAI's are -quickgelu)")
         if state.keys() == model.visual.state_dict().keys():
             if not tower_alone:
                 fail(f"{file} is a visual tower alone: give it as evaluate.py --checkpoint NAME={file}")
@@ -1003,11 +1014,14 @@ def jpeg(images, quality):
 def adversarial_folder(args, split, count):
     """--adversarial_dir; made first by generate_pgd_adversarial.py, with this script's flags, if it is not there."""
     folder = Path(args.adversarial_dir or Path(args.output_dir).parent / f"adversarial_{split}")
+    if args.adversarial_dir and not (folder / "metadata.jsonl").exists():
+        fail(f"--adversarial_dir {folder} is not a finished folder of generate_pgd_adversarial.py")
     if not (folder / "metrics.json").exists():
         words = ["generate_pgd_adversarial.py", "--split", split, "--num_images", str(count)]
         same = "preset model pretrained precision device train_data eval_data image_root sample_seed eps alpha steps"
-        for name in [*same.split(), "cache_dir", "num_workers"]:
-            if getattr(args, name) not in (None, ""):
+        same += " seed cache_dir num_workers" + (" batch_size" if split == "eval" else "")
+        for name in same.split():
+            if getattr(args, name) is not None:
                 words += [f"--{name}", str(getattr(args, name))]
         words += ["--skip_bad_images"] if args.skip_bad_images else []
         print(f"{folder} is not there yet and is made first:")
@@ -1018,14 +1032,17 @@ def adversarial_folder(args, split, count):
 def load_adversarial(folder, examples, args):
     """The adversarial twins of examples from a folder of generate_pgd_adversarial.py: uint8 (N, 3, S, S).
 
-    Ends with one line if an image is missing, of another caption or size, or outside the ball around its clean twin.
+    Ends with one line if they were made with another attack, or if an image is missing, of another caption or size, or
+    outside the ball around its clean twin.
     """
-    made = read_json(folder / "metrics.json")["args"]
-    for flag in ("model", "pretrained"):
-        if made[flag] != getattr(args, flag):
-            fail(f"{folder} was made against --{flag} {made[flag]}, not {getattr(args, flag)}: give another folder")
+    made = read_json(folder / "metrics.json").get("args", {})
+    for flag in ("model", "pretrained", "eps", "alpha", "steps"):
+        if made.get(flag) != getattr(args, flag):
+            fail(f"{folder} was made with --{flag} {made.get(flag)}, not {getattr(args, flag)}: give another folder")
+    if not (folder / "metadata.jsonl").exists():
+        fail(f"{folder} holds no metadata.jsonl: it is not a folder of generate_pgd_adversarial.py")
     entries = {}
-    for i, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").strip().split("\n"), 1):
         try:
             entry = json.loads(line)
             entries[entry["coco_id"], entry["caption"]] = folder / entry["file_name"]
@@ -1102,7 +1119,7 @@ def train(args, run, clip, training, validation, make_twins, twin_loss_fn=None):
     caption_ids = torch.tensor([ids[caption] for caption in training.captions], device=device)
     steps_per_epoch = math.ceil(len(training) / args.batch_size)
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    step, epochs, losses, stopped, began = 0, [], [], "epochs", run.seconds()
+    step, seen, epochs, losses, stopped, began, validating = 0, 0, [], [], "epochs", run.seconds(), 0.0
     with open(run.dir / "log.jsonl", "w", encoding="utf-8") as log:
         bar = progress(None, "train", last_step, unit="step")
         for epoch in range(args.epochs):
@@ -1111,7 +1128,8 @@ def train(args, run, clip, training, validation, make_twins, twin_loss_fn=None):
             for batch in np.split(order, range(args.batch_size, len(order), args.batch_size)):
                 images = as_images(training.pixels[batch], device)
                 own, own_ids = text_features[batch], caption_ids[batch]
-                draw = np.random.default_rng([args.seed, step, 1]).permutation(len(training))[: args.num_negatives]
+                draw = np.random.default_rng([args.seed, step, 1]).permutation(len(training))
+                draw = draw[~np.isin(draw, batch)][: args.num_negatives]
                 twins = make_twins(step, batch, images)
                 clean_features, twin_features = clip.encode_image(torch.cat([images, twins])).chunk(2)  # (B, D) each
                 against = own, own_ids, text_features[draw], caption_ids[draw], clip.logit_scale
@@ -1131,7 +1149,7 @@ def train(args, run, clip, training, validation, make_twins, twin_loss_fn=None):
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
                 optimizer.step()
-                step += 1
+                step, seen = step + 1, seen + 2 * len(batch)
                 losses.append(loss.item())
                 entry = {"step": step, "epoch": epoch + 1, "loss": losses[-1], "clean_loss": clean_loss.item()}
                 entry |= {"twin_loss": twin_loss.item(), "grad_norm": grad_norm.item(), "lr": group["lr"]}
@@ -1146,7 +1164,9 @@ def train(args, run, clip, training, validation, make_twins, twin_loss_fn=None):
                 if stopped != "epochs":
                     break
             figures = {"epoch": epoch + 1, "step": step, "loss": float(np.mean(losses[-args.loss_window :]))}
+            paused = run.seconds()
             figures |= validate(args, clip, validation)
+            validating += run.seconds() - paused
             best = not epochs or figures["val_white_box"] > max(past["val_white_box"] for past in epochs)
             epochs.append(figures)
             checkpoint = {
@@ -1154,7 +1174,7 @@ def train(args, run, clip, training, validation, make_twins, twin_loss_fn=None):
                 "name": clip.arch,
                 "quick_gelu": bool(model_config(clip.arch).get("quick_gelu", False)),
                 "state_dict": {key: value.cpu() for key, value in clip.model.state_dict().items()},
-                "train_ids": training.coco_ids,
+                "train_ids": sorted({*training.coco_ids, *clip.train_ids}),  # of the weights it started from, too
                 "val_ids": validation.coco_ids,
                 "args": vars(args),
             }
@@ -1175,7 +1195,7 @@ def train(args, run, clip, training, validation, make_twins, twin_loss_fn=None):
         "best_epoch": max(epochs, key=lambda figures: figures["val_white_box"])["epoch"],
         "epochs": epochs,
         "training_seconds": run.seconds() - began,
-        "images_per_s": 2 * step * args.batch_size / (run.seconds() - began),
+        "images_per_s": seen / (run.seconds() - began - validating),
         "train_ids": training.coco_ids,
         "val_ids": validation.coco_ids,
         "skipped_images": training.skipped,

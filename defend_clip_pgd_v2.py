@@ -20,6 +20,8 @@ Files written to --output_dir (default runs/<preset>/pgd, with --online_steps ru
     metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
 """
 
+import argparse
+
 import common
 
 
@@ -36,10 +38,11 @@ def parse_args(argv=None):
         help="fare: squared L2 distance of the adversarial feature to the original model's clean one "
         "(default: contrastive offline, fare online)",
     )
-    args = common.parse_flags(parser, argv, stage="pgd", images="train", batch="train")
-    args.adversarial_loss = args.adversarial_loss or ("fare" if args.online_steps else "contrastive")
-    if args.online_steps and args.output_dir == f"runs/{args.preset}/pgd":
-        args.output_dir = f"runs/{args.preset}/online"
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--online_steps", default="0")
+    online = chooser.parse_known_args(argv)[0].online_steps != "0"
+    args = common.parse_flags(parser, argv, stage="online" if online else "pgd", images="train", batch="train")
+    args.adversarial_loss = args.adversarial_loss or ("fare" if online else "contrastive")
     return args
 
 
@@ -84,7 +87,7 @@ def main(args):
         return distance(image_features, indices).mean()
 
     record = common.train(args, run, clip, training, validation, make_twins, fare_loss if targets is not None else None)
-    run.finish(clip.device, adversarial_dir=str(folder), **record)
+    run.finish(clip.device, adversarial_dir=folder and str(folder), **record)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 Three conditions for each quality: clean images, transferred adversarial images (made against the plain model, as in the
 report), and an adaptive attack of the same budget that knows of the JPEG step: the real codec in the forward pass, its
 gradient taken as the identity (BPDA, Athalye et al. 2018, arXiv:1802.00420). Every score is on the real JPEG bytes.
+evaluate.py attacks JPEG harder, with a differentiable codec as well: read its figure before you trust this one.
 
     python eval_jpeg.py
     python eval_jpeg.py --preset tiny --qualities 75 50 30

@@ -8,7 +8,8 @@
 
 transfer    images attacked once on the original model, then shown to the defended one: the report's protocol
 white-box   the worst, image by image, of the transferred image and of every attack asked for on the defence itself, end
-            to end. For JPEG that is the adaptive attack: the real codec forward, a straight-through backward
+            to end. For JPEG that is the adaptive attack: through the real codec with a straight-through backward,
+            and through a differentiable codec; every score on the real JPEG bytes
 
 --reproduce first runs each missing stage as the command that a user would type. --sanity runs the battery of Carlini et
 al. 2019 (arXiv:1902.06705) on every row and marks those that fail.
@@ -105,8 +106,9 @@ def parse_args(argv=None):
     group.add_argument("--restarts", type=number(1), default=1, help="random starts (default: %(default)s)")
     group.add_argument(
         "--differentiable_jpeg",
-        action="store_true",
-        help="attack JPEG rows through a differentiable approximation as well; scores stay on the real bytes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="attack JPEG rows through a differentiable codec, too; scores stay on the real bytes",
     )
     group.add_argument(
         "--eot", type=number(1), default=4, help="draws averaged in each step against randomness (default: %(default)s)"
@@ -135,7 +137,7 @@ def parse_args(argv=None):
 
 
 def reproduce(args):
-    """Run the stages that are missing or unfinished, each as its own command."""
+    """Run the stages, each as its own command; one that is complete and was made with these flags ends at once."""
     default = parse_args(["--preset", args.preset])
     given = {key for key, value in vars(args).items() if value != getattr(default, key)}
 
@@ -149,7 +151,7 @@ def reproduce(args):
         return folder, words + (["--output_dir", str(folder)] if "output_dir" in given else [])
 
     shared = "model pretrained precision device train_data eval_data image_root sample_seed skip_bad_images"
-    shared += " num_workers cache_dir eps alpha steps seed"
+    shared += " num_workers cache_dir eps alpha steps seed overwrite"
     attack, training = f"{shared} batch_size", f"{shared} val_images"
     sizes = {"num_images": args.num_train_images} if "num_train_images" in given else {}
 
@@ -165,15 +167,9 @@ def reproduce(args):
         command("defend_clip_mat_v2.py", "mat", training, **epochs(args.lr)),
         command("defend_clip_pgd_v2.py", "pgd", training, **epochs(args.lr), **threshold),
         command("defend_clip_pgd_v2.py", "online", training, **epochs(args.online_lr), **online),
-        command("eval_jpeg.py", "jpeg", f"{attack} num_images"),
     ]
     for folder, words in stages:
-        done = folder / "metrics.json"
-        if folder.name == "online" and not args.online_steps:
-            continue
-        if done.exists() and common.read_json(done).get("argv", [])[1:] == words[1:]:
-            print(f"{folder} is complete: skipped")
-        else:
+        if folder.name != "online" or args.online_steps:
             common.run_script(words)
 
 
@@ -209,12 +205,16 @@ def build_rows(args, clip, stages, trained, examples):
     """The rows of the table, in its order."""
     models = {"original": clip}
     rows = [Row("original", clip)]
+    taken = {"original", *TRAINED, *TRAINED.values(), *(f"JPEG {q}" for q in args.qualities)}
+    for name, _ in args.checkpoint:
+        if name in taken:
+            fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
+        taken.add(name)
+    refuse_leaked(clip, args.pretrained or args.model, examples)
     files = [(name, str(stages / folder / "best.pt")) for name, folder in trained.items()]
     for name, source in [*files, *args.checkpoint]:
         model = models[name] = models[TRAINED.get(name, name)] = load_clip(args, source)
-        leaked = model.train_ids & set(examples.coco_ids)
-        if leaked:
-            fail(f"leakage: {source} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
+        refuse_leaked(model, source, examples)
         rows.append(Row(name, model, seconds=training_seconds(stages, trained[name]) if name in trained else None))
     rows += [Row(f"JPEG {q}", clip, (q,)) for q in args.qualities]
     for spec in args.defence:
@@ -227,6 +227,12 @@ def build_rows(args, clip, stages, trained, examples):
         except argparse.ArgumentTypeError as error:
             fail(f"--defence {spec}: {error}")
     return rows
+
+
+def refuse_leaked(clip, source, examples):
+    leaked = clip.train_ids & set(examples.coco_ids)
+    if leaked:
+        fail(f"leakage: {source} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
 
 
 def training_seconds(stages, stage):
@@ -297,6 +303,8 @@ def load_candidates(args, examples):
         row_of = {coco_id: row for row, _, coco_id in rows}
         lists = table.select([row_of[coco_id] for coco_id in examples.coco_ids])["tgt_text"]
         lists = [[text.strip() for text in texts] for texts in lists]
+    if len({text for texts in lists for text in texts}) < 2:
+        fail("retrieval needs at least two different captions: raise --num_images")
     index = {caption: i for i, caption in enumerate(dict.fromkeys(text for texts in lists for text in texts))}
     allowed = torch.zeros(len(examples), len(index), dtype=torch.bool)
     for i, texts in enumerate(lists):
@@ -319,8 +327,8 @@ def score(row, pixels, candidates, args):
     return {
         "similarity": similarity[:, 0].numpy(),
         "margin": (similarity[:, 0] - others.amax(1)).numpy(),
-        "rank_i2t": (others > similarity).sum(1).numpy(),
-        "rank_t2i": (by_caption > by_caption.diagonal()[:, None]).sum(1).numpy(),
+        "rank_i2t": (others >= similarity).sum(1).numpy(),  # ties count against the model
+        "rank_t2i": (by_caption >= by_caption.diagonal()[:, None]).sum(1).numpy() - 1,
     }
 
 
@@ -443,13 +451,18 @@ def compare_rows(per_row, seed):
 # The sanity battery: what an attack's figure must survive before it is believed
 
 
-def sanity(row, examples, transfer, candidates, args):
-    """Carlini et al. 2019, section 5, on one row: [(check, holds, figures)], its eps curve [(eps, similarity, R@1)]."""
+def sanity(row, examples, transfer, candidates, args, means):
+    """Carlini et al. 2019, section 5, on one row: [(check, holds, figures)], its eps curve [(eps, similarity, R@1)].
+
+    means   {attack: mean similarity} of the row's attacks in the table: the battery questions the strongest
+    """
+    strongest = min(means, key=means.get)
+    options = dict(attacks_on(row, args))[strongest] | {"loss": "cosine"}
 
     def run(restart=0, **budget):
         changed = copy.copy(args)
         vars(changed).update(budget)
-        return attack_row(row, examples, candidates, changed, restart=restart)
+        return attack_row(row, examples, candidates, changed, **options | {"restart": restart})
 
     def mean(scored):
         return float(scored["similarity"].mean())
@@ -470,6 +483,8 @@ def sanity(row, examples, transfer, candidates, args):
     for levels in EPS_CURVE:
         if levels == 0:
             scored = score(row, examples.pixels, candidates, args)
+        elif levels == round(args.eps * 255):
+            scored = base
         else:  # as many steps, each as large a part of the radius
             scored = run(eps=levels / 255, alpha=args.alpha * (levels / 255) / args.eps)[1]
         curve.append((levels, mean(scored), float((scored["rank_i2t"] < 1).mean())))
@@ -526,15 +541,28 @@ def percent(share):
 def setting(record):
     args = record["args"]
     eps, alpha = (f"{args[key] * 255:.4g}/255" for key in ("eps", "alpha"))
-    model = f"{args['model']} {args['pretrained']}".strip()
+    model = f"{args['model']} {args['pretrained']}".strip().replace(f"{common.ROOT}/", "")
     kinds = f"{' + '.join(args['attack']).upper()}, {' + '.join(args['attack_loss'])} loss, {args['restarts']} start(s)"
     return f"{model}, n = {record['n']}\n{kinds}, {args['steps']} steps, eps {eps}, alpha {alpha}"
 
 
 def marked(record, name):
-    """The row's name, with a mark if it failed a check."""
-    failed = any(not holds for _, holds, _ in record["sanity"].get(name, {}).get("checks", []))
+    """The row's name, with a mark if it failed a check, or if its attack lacked a gradient somewhere."""
+    health = record["health"][name]
+    failed = health["images_with_zero_gradients"] + health["images_with_nonfinite_values"] > 0
+    failed |= any(not holds for _, holds, _ in record["sanity"].get(name, {}).get("checks", []))
     return f"{name} (!)" if failed else name
+
+
+def report_of(record):
+    """The report's figures, if model and budget are the report's."""
+    same = ("model", "pretrained", "eval_data", "eps", "alpha", "steps")
+    default = vars(parse_args([]))
+    return REPORT if all(record["args"][key] == default[key] for key in same) else {}
+
+
+def report_gain(name):
+    return None if name == "original" else improvement(*REPORT[name], *REPORT["original"])
 
 
 def not_separated(record):
@@ -556,20 +584,24 @@ def console_table(record):
         cells += [f"{percent(row.get(f'improvement_{kind}')):>8}" for kind in ("transfer", "white_box")]
         cells += [f"{row[f'{kind}_recall_i2t@1']:6.2f}" for kind in ("clean", "white_box")]
         lines.append("".join(cells) + f"{duration(row['training_seconds']):>8}")
+        if name in report_of(record):
+            clean, adversarial = REPORT[name]
+            lines.append(f"{'  the report':21}{clean:7.3f}{adversarial:9.3f}{'':7}{percent(report_gain(name)):>8}")
     return "\n".join([*lines, "", *textwrap.wrap(not_separated(record), 80)])
 
 
 NOTES = """\
 In brackets 95 % bootstrap intervals over the images. transfer: attacked once on the original model. white-box: the
-worst for each image of the transferred one and of every attack on the defence itself; for JPEG the real codec forward,
-a straight-through backward. improvement: the share of the original model's drop that the defence takes away. R@1, R@5:
-image to text / text to image. success: own caption no longer first. training: wall time, offline images included.
+worst for each image of the transferred one and of every attack on the defence itself; for JPEG straight through the
+real codec, and through a differentiable one. improvement: the share of the original model's drop that the defence takes
+away. R@1, R@5: image to text / text to image. success: own caption no longer first. training: wall time, offline images
+included.
 """
 
 
 def markdown_table(record):
     """table.md: with intervals, and the report's figures beside ours where they are comparable."""
-    report = REPORT if record["args"]["preset"] == "report" else {}
+    report = report_of(record)
     header = ["defence", "clean", "transfer", "white-box", "improvement transfer", "improvement white-box"]
     header += ["R@1 clean", "R@1 white-box", "R@5 white-box", "success", "margin", "n", "training"]
     header += ["report: clean", "report: transfer", "report: improvement"] if report else []
@@ -585,8 +617,7 @@ def markdown_table(record):
         cells += [f"{row['white_box_success_rate']:.0%}", f"{row['white_box_margin']:+.3f}"]
         cells += [str(row["n"]), duration(row["training_seconds"])]
         if name in report:
-            gain = None if name == "original" else improvement(*report[name], *report["original"])
-            cells += [*(f"{value:.4f}" for value in report[name]), percent(gain)]
+            cells += [*(f"{value:.4f}" for value in report[name]), percent(report_gain(name))]
         lines.append(cells + [""] * (len(header) - len(cells)))
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     text = f"{setting(record).replace(chr(10), ', ')}.\n\n{table}\n\n{NOTES}\n{not_separated(record)}.\n"
@@ -625,7 +656,7 @@ def draw_examples(path, examples, adversarial, clip):
             axes[i, j].set(xticks=[], yticks=[])
             axes[i, j].set_xlabel(title if title.startswith("delta") else f"{title}: {cosines[i]:+.3f}", fontsize=9)
     for i in range(count):
-        axes[i, 0].set_title(examples.captions[i], fontsize=9, loc="left")
+        axes[i, 0].set_title(examples.captions[i], fontsize=9, loc="left", parse_math=False)
     figure.suptitle("Cosine of each image with its own caption, original model", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -699,7 +730,7 @@ def announce(rows, examples, candidates, args):
     draws = {row.name: args.eot if row.randomised else 1 for row in rows}
     work = sum(len(list(attacks_on(row, args))) * draws[row.name] for row in rows) * len(examples) * args.steps
     if args.sanity:  # 20 times the steps of one attack, see sanity(): 5 + 1 + 2 + one a radius
-        work += sum(draws.values()) * args.sanity_images * args.steps * (8 + len(EPS_CURVE) - 1)
+        work += sum(draws.values()) * args.sanity_images * args.steps * (8 + len(EPS_CURVE) - 2)
     first, began = examples.part(0, args.batch_size), time.perf_counter()
     once = copy.copy(args)
     once.steps = 2
@@ -741,7 +772,7 @@ def main(args):
                 summary[f"improvement_{kind}"] = improvement(*figures)
         if args.sanity:
             few = examples.part(0, args.sanity_images)
-            checks, curve = sanity(row, few, transfer[: len(few)], candidates, args)
+            checks, curve = sanity(row, few, transfer[: len(few)], candidates, args, means)
             record["sanity"][row.name] = {"checks": checks, "eps_curve": curve}
     record["paired"] = compare_rows(per_row, args.seed)
     record |= {"coco_ids": examples.coco_ids, "skipped_images": examples.skipped}
@@ -752,6 +783,8 @@ def main(args):
 
     run.begin()
     shown = {"args": vars(args)} | record
+    common.write_text(run.dir / "table.md", markdown_table(shown))
+    run.finish(rows[0].clip.device, **record)  # the numbers are safe before anything is drawn
     figures = ["examples.png", "histogram.png", "table.png"]
     draw_examples(run.dir / "examples.png", examples, original_worst, rows[0].clip)
     draw_histograms(run.dir / "histogram.png", shown)
@@ -760,8 +793,6 @@ def main(args):
         draw_eps_curves(run.dir / "eps_curves.png", shown)
         figures.append("eps_curves.png")
         print("\n" + "\n".join(sanity_lines(record)))
-    common.write_text(run.dir / "table.md", markdown_table(shown))
-    run.finish(rows[0].clip.device, **record)
     print(f"\n{console_table(shown)}\n\nin {run.dir}: table.md, metrics.json, {', '.join(figures)}")
 
 

@@ -45,8 +45,10 @@ def main(args):
     examples = load_examples(args, args.split, args.num_images)
     clip = load_clip(args)
     common.require_disk(run.dir, 1.1 * examples.pixels.nbytes)
-    run.begin()
     folder = run.dir / "images"
+    if folder.exists() and any(folder.iterdir()) and not (run.dir / ".run").exists():
+        common.fail(f"{folder} holds files that this script did not make: give another --output_dir")
+    run.begin()
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.png"):  # of a run with more images
         stale.unlink()

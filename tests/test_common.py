@@ -1,6 +1,7 @@
 """Formulas, flags, runs, the losses, and the data path: what it reads, what it refuses, and in which words."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -18,6 +19,7 @@ from conftest import ROOT
 from hub import serve_hub
 
 import common
+import defend_clip_mat_v2 as mat
 import evaluate
 
 TINY = ROOT / "tests" / "tiny"
@@ -69,12 +71,6 @@ def test_improvement_gives_the_published_figures_to_the_digit(row, published):
 
 def test_drop_gives_the_published_171_percent():
     assert round(100 * evaluate.drop(0.2513, -0.1783)) == 171
-
-
-def test_ranks_on_a_hand_made_ranking():
-    cosines = torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.4, 0.3], [0.6, 0.7, 0.1]])
-    assert evaluate.ranks(cosines).tolist() == [0, 1, 2]
-    assert evaluate.ranks(cosines.T).tolist() == [0, 1, 2]
 
 
 def test_interval_holds_the_mean_and_shrinks_with_n():
@@ -386,3 +382,36 @@ common.load_examples(args, "train", 12)
     assert done.returncode == 2
     assert "TIGER-Lab/MMEB-train" in done.stderr and "HF_ENDPOINT" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# -- MAT's augmentations, and the training flags that only show in the weights
+
+
+def test_augmentations_have_the_strength_they_say_and_follow_the_seed():
+    grey = torch.full((64, 3, 32, 32), 0.5)
+    out = mat.augment(grey, torch.Generator().manual_seed(0))
+    assert out.std((1, 2, 3)).mean() == pytest.approx(15 / 255, rel=0.02)  # noise, after the blur
+    means = out.mean((1, 2, 3))
+    assert 0.39 < means.min() < 0.43 and 0.57 < means.max() < 0.61  # brightness 0.8 to 1.2
+    assert torch.equal(out, mat.augment(grey, torch.Generator().manual_seed(0)))
+    dot = torch.zeros(2, 3, 33, 33)
+    dot[:, :, 16, 16] = 1
+    blurred = mat.gaussian_blur(dot, torch.tensor([0.1, 2.0]).view(2, 1, 1, 1))
+    torch.testing.assert_close(blurred[0], dot[0])
+    assert blurred[1, 0, 16, 16] == pytest.approx(1 / (2 * math.pi * 4), rel=0.03)
+    assert blurred.sum((2, 3)).flatten().tolist() == pytest.approx([1] * 6, rel=1e-3)
+
+
+def test_each_training_flag_changes_the_weights(tmp_path):
+    def weights(*words):
+        words = ["--num_images", 32, "--val_images", 2, "--steps", 1, "--max_steps", 2, *words]
+        args = flags(tmp_path, *words, "--overwrite")
+        training, validation = common.load_training_sets(args)
+        clip = common.load_clip(args)
+        common.train(args, common.Run(args), clip, training, validation, lambda step, indices, images: images)
+        return clip.model.visual.proj.detach().clone()
+
+    plain = weights()
+    assert torch.equal(plain, weights())
+    for words in (["--warmup_steps", 9], ["--grad_clip", 1e-9], ["--weight_decay", 90], ["--num_negatives", 0]):
+        assert not torch.equal(plain, weights(*words)), words

@@ -31,7 +31,8 @@ def setup(tmp_path_factory):
 def failed(row, setup):
     """The checks of the battery that a row fails."""
     args, _, examples, candidates, transfer = setup
-    checks, curve = evaluate.sanity(row, examples, transfer, candidates, args)
+    means = {name: 0.0 for name, _ in evaluate.attacks_on(row, args)}
+    checks, curve = evaluate.sanity(row, examples, transfer, candidates, args, means)
     assert [eps for eps, _, _ in curve] == evaluate.EPS_CURVE
     return {check for check, holds, _ in checks if not holds}
 
@@ -105,17 +106,19 @@ def test_scores_on_a_hand_made_ranking(setup):
     args, clip, examples, _, _ = setup
     captions = examples.captions[:3]
     candidates = evaluate.Candidates(captions, torch.arange(3), torch.ones(3, 3, dtype=torch.bool))
-    features = F.normalize(torch.tensor([[3.0, 1, 0], [2, 1, 0], [0, 2, 2.5]]), dim=1)
+    features = F.normalize(torch.tensor([[3.0, 1, 0], [4, 3, 0], [4, 0, 3]]), dim=1)
     row = Planted("fixed", clip)
     row.view = lambda encode_image, seed: lambda images: features
     clip = copy.copy(clip)
     row.clip = clip
     clip.encode_text = lambda texts: torch.eye(3)[: len(texts)]
     scored = evaluate.score(row, examples.pixels[:3], candidates, args)
-    assert scored["rank_i2t"].tolist() == [0, 1, 0]
-    assert scored["rank_t2i"].tolist() == [0, 1, 0]
+    assert scored["rank_i2t"].tolist() == [0, 1, 1]  # image 1 prefers caption 0, image 2 too
+    assert scored["rank_t2i"].tolist() == [0, 0, 0]  # each caption prefers its own image
     np.testing.assert_allclose(scored["similarity"], features.diagonal())
-    assert scored["margin"][1] == pytest.approx(-1 / 5**0.5)
+    assert scored["margin"][1] == pytest.approx(0.6 - 0.8)
+    row.view = lambda encode_image, seed: lambda images: torch.ones(3, 3)
+    assert evaluate.score(row, examples.pixels[:3], candidates, args)["rank_t2i"].tolist() == [2, 2, 2]  # collapsed
 
 
 def test_mmeb_candidates_are_the_rows_own_lists(setup):
