@@ -65,7 +65,7 @@ PRESETS = {  # defaults of every flag that depends on the size of the experiment
         "pretrained": "",
         "train_data": f"{TINY}/MMEB-train",
         "eval_data": f"{TINY}/MMEB-eval",
-        "num_images": {"train": 800, "eval": 100},
+        "num_images": {"train": 640, "eval": 100},
         "batch_size": {"train": 16, "attack": 50},
         "val_images": 40,
         "lr": 1e-4,
