@@ -379,15 +379,23 @@ class Clip(torch.nn.Module):
         return self.model.logit_scale.detach().exp()
 
     def encode_image(self, images):
-        """(B, 3, H, W) float32 in [0, 1] -> (B, D) float32, unit norm; differentiable in images and weights."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        """(B, 3, H, W) float32 in [0, 1] -> (B, D) float32, unit norm; differentiable in images and weights.
+
+        bf16 is for gradients alone: features that are scored, under torch.no_grad(), are fp32 whatever --precision.
+        """
+        bf16 = self.bf16 and torch.is_grad_enabled()
+        tower = fast_tower(self.model.visual, self.mean, self.std, torch.bfloat16 if bf16 else torch.float32, held=False)
+        if tower:
+            return F.normalize(tower(images).float(), dim=-1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             image_features = self.model.encode_image((images - self.mean) / self.std)
         return F.normalize(image_features.float(), dim=-1)
 
     def frozen(self):
-        """A faster encode_image, with the present weights held fixed, for attacks; else encode_image itself."""
-        fast = frozen_tower(self.model.visual, self.mean, self.std, torch.bfloat16 if self.bf16 else torch.float32)
-        return (lambda images: F.normalize(fast(images).float(), dim=-1)) if fast else self.encode_image
+        """encode_image with the present weights held fixed, differentiable in the images alone: for attacks."""
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        tower = fast_tower(self.model.visual, self.mean, self.std, dtype, held=True)
+        return (lambda images: F.normalize(tower(images).float(), dim=-1)) if tower else self.encode_image
 
     @torch.no_grad()
     def encode_text(self, captions):
@@ -400,11 +408,12 @@ class Clip(torch.nn.Module):
         return torch.stack([self.text_cache[c] for c in captions])
 
 
-def frozen_tower(visual, mean, std, dtype):
-    """An exact, faster form of open_clip's plain VisionTransformer, differentiable in the pixels alone.
+def fast_tower(visual, mean, std, dtype, held):
+    """An exact, faster form of open_clip's plain VisionTransformer.
 
     The same function, rearranged: normalisation folded into a patch embedding done as one product, one product for
     q, k and v, scaled_dot_product_attention, the last block for the class token only, QuickGELU as a scaled SiLU.
+    held      the weights are constants: differentiable in the pixels alone; else in the weights, too
     returns   (B, 3, H, W) in [0, 1] -> (B, D), not normalised; None for a tower that is not of the plain kind
     """
     plain = type(visual) is open_clip.transformer.VisionTransformer and visual.attn_pool is None
@@ -419,13 +428,13 @@ def frozen_tower(visual, mean, std, dtype):
     width, patch, heads = len(visual.class_embedding), visual.patch_size[0], blocks[0].attn.num_heads
 
     def fixed(*tensors):
-        return [tensor.detach().to(dtype) for tensor in tensors]
+        return [(tensor.detach() if held else tensor).to(dtype) for tensor in tensors]
 
     def norm(layer):
         weights = fixed(layer.weight, layer.bias) if isinstance(layer, torch.nn.LayerNorm) else None
         return lambda x: F.layer_norm(x, (width,), *weights, layer.eps) if weights else x
 
-    kernel = visual.conv1.weight.detach() / std  # (W, 3, P, P)
+    kernel = visual.conv1.weight / std  # (W, 3, P, P)
     embed = fixed(kernel.flatten(1), -(kernel * mean).sum((1, 2, 3)))
     (token, position, projection) = fixed(visual.class_embedding, visual.positional_embedding, visual.proj)
     before, after, layers = norm(visual.ln_pre), norm(visual.ln_post), []

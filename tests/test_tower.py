@@ -1,11 +1,11 @@
-"""The fast tower against open_clip's own: output and pixel gradient."""
+"""The fast tower against open_clip's own: output, pixel gradient, weight gradients."""
 
 import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
 
-from common import frozen_tower
+from common import fast_tower
 
 MEAN, STD = torch.tensor([0.48, 0.46, 0.41]).view(3, 1, 1), torch.tensor([0.27, 0.26, 0.28]).view(3, 1, 1)
 SIZES = {"B/32": (768, 32, 12), "B/16": (768, 16, 12), "L/14": (1024, 14, 16)}
@@ -29,10 +29,20 @@ def test_output_and_gradient_equal_open_clips(kind, quick):
     images = torch.rand(2, 3, 4 * patch, 4 * patch, requires_grad=True)
     expected = visual((images - MEAN) / STD)
     (expected_grad,) = torch.autograd.grad(F.normalize(expected, dim=1)[:, 0].sum(), images)
-    ours = frozen_tower(visual, MEAN, STD, torch.float32)(images)
+    ours = fast_tower(visual, MEAN, STD, torch.float32, held=True)(images)
     (grad,) = torch.autograd.grad(F.normalize(ours, dim=1)[:, 0].sum(), images)
     assert (ours - expected).norm() < 1e-5 * expected.norm()
     assert (grad - expected_grad).norm() < 1e-5 * expected_grad.norm()
+
+
+def test_weight_gradients_equal_open_clips_and_reach_every_weight():
+    visual, images = tower(act_layer=open_clip.transformer.QuickGELU), torch.rand(3, 3, 32, 32)
+    weights = dict(visual.named_parameters())
+    expected = torch.autograd.grad(visual((images - MEAN) / STD).square().sum(), weights.values())
+    ours = fast_tower(visual, MEAN, STD, torch.float32, held=False)(images)
+    grads = torch.autograd.grad(ours.square().sum(), weights.values())
+    for name, grad, other in zip(weights, grads, expected):
+        assert (grad - other).norm() < 1e-4 * other.norm(), name
 
 
 @pytest.mark.parametrize(
@@ -46,11 +56,11 @@ def test_output_and_gradient_equal_open_clips(kind, quick):
     ],
 )
 def test_towers_of_another_kind_are_left_to_open_clip(changes):
-    assert frozen_tower(tower(**changes), MEAN, STD, torch.float32) is None
+    assert fast_tower(tower(**changes), MEAN, STD, torch.float32, held=True) is None
 
 
 def test_a_tower_without_its_first_norm_is_still_exact():
     visual = tower(no_ln_pre=True)
     images = torch.rand(2, 3, 32, 32)
-    ours = frozen_tower(visual, MEAN, STD, torch.float32)(images)
+    ours = fast_tower(visual, MEAN, STD, torch.float32, held=True)(images)
     torch.testing.assert_close(ours, visual((images - MEAN) / STD), rtol=1e-4, atol=1e-5)
