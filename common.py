@@ -10,27 +10,34 @@ Words and units, the same everywhere:
 """
 
 import argparse
+import atexit
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import logging
 import math
 import os
+import pickle
 import platform
 import re
 import resource
+import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import warnings
+import weakref
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from fractions import Fraction
-from functools import partial
+from datetime import datetime, timedelta, timezone
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -42,7 +49,9 @@ import torch
 import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
+from torch import distributed
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -69,7 +78,7 @@ PRESETS = {  # defaults of every flag that depends on the size of the experiment
         "batch_size": {"train": 16, "attack": 50},
         "val_images": 40,
         "lr": 1e-4,
-        "online_lr": 2e-4,
+        "online_lr": 4e-4,
         "epochs": 3,
     },
 }
@@ -80,15 +89,25 @@ PRESETS = {  # defaults of every flag that depends on the size of the experiment
 
 def fail(message):
     """End with one line that says what is wrong, where, and what to do; exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    line = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message}; --help lists the flags")
 
 
 def pixel_distance(text):
     """argparse type for a distance on the [0, 1] pixel scale, above 0: '8/255' or '0.0314'."""
+    over, _, under = text.partition("/")
     try:
-        value = float(Fraction(text))
+        value = float(over) / float(under or 1)
     except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if math.isnan(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number or a fraction such as 8/255")
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]; for {text} grey levels write {text}/255")
@@ -114,15 +133,15 @@ def number(low, high=math.inf, kind=int):
 
 def make_parser(doc):
     """A parser with the flags that every script has; --preset gives most of their defaults."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     group = parser.add_argument_group("run")
     group.add_argument("--preset", choices=PRESETS, default="report", help="sets defaults of the flags below (report)")
     group.add_argument("--output_dir", help="folder for everything written (default: %(default)s)")
     group.add_argument("--overwrite", action="store_true", help="replace a finished run in --output_dir")
     group.add_argument("--seed", type=number(0, 2**31), default=0, help="of all random numbers (default: %(default)s)")
     group.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the first there is (auto)")
+    group.add_argument("--deterministic", action="store_true", help="the same bits twice on a GPU, too, but slower")
+    group.add_argument("--profile", action="store_true", help="trace the second batch: trace.json and a summary")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="open_clip name, local-dir:DIR or hf-hub:ORG/NAME (default: %(default)s)")
@@ -146,26 +165,35 @@ def make_parser(doc):
     group.add_argument("--num_images", type=number(1), help="images to use, the first ones (default: %(default)s)")
     group.add_argument("--sample_seed", type=number(0), help="draw the images at random with this seed instead (none)")
     group.add_argument("--skip_bad_images", action="store_true", help="leave broken images out and count them")
-    group.add_argument("--batch_size", type=number(1), help="images at a time (default: %(default)s)")
+    group.add_argument(
+        "--batch_size",
+        type=lambda text: text if text == "auto" else number(1)(text),
+        help="images at a time; auto: on a GPU as many as fit, not for training (default: %(default)s)",
+    )
     group.add_argument("--num_workers", type=number(1), default=os.cpu_count(), help="threads (default: %(default)s)")
     group.add_argument("--cache_dir", default="runs/cache", help="for decoded images, uint8 (default: %(default)s)")
 
     group = parser.add_argument_group("attack: L-inf, pixels in [0, 1], before CLIP's normalisation")
     group.add_argument("--eps", type=pixel_distance, default="8/255", help="radius (default: %(default)s)")
     group.add_argument("--alpha", type=pixel_distance, default="2/255", help="step size (default: %(default)s)")
-    group.add_argument("--steps", type=number(1), default=20, help="gradient steps (default: %(default)s)")
+    group.add_argument("--steps", type=number(1, 10**6), default=20, help="gradient steps (default: %(default)s)")
     return parser
 
 
 def add_train_args(parser):
     """Flags read by train()."""
     group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=number(0, kind=float), help="learning rate of AdamW (default: %(default)s)")
+    group.add_argument("--lr", type=number(0, 1, float), help="learning rate of AdamW (default: %(default)s)")
     group.add_argument(
-        "--weight_decay", type=number(-1e-9, kind=float), default=0.1, help="on matrices (default: %(default)s)"
+        "--weight_decay", type=number(-1e-9, 100, float), default=0.1, help="on matrices (default: %(default)s)"
     )
-    group.add_argument("--epochs", type=number(1), help="passes over the training images (default: %(default)s)")
+    group.add_argument("--epochs", type=number(1, 10**4), help="passes over the training images (default: %(default)s)")
     group.add_argument("--max_steps", type=number(1), help="stop after so many optimizer steps (default: no limit)")
+    group.add_argument(
+        "--save_every", type=number(-1e-9, kind=float), default=10, help="minutes between states (default: %(default)s)"
+    )
+    group.add_argument("--grad_checkpointing", action="store_true", help="less memory, a third more time")
+    group.add_argument("--export", metavar="DIR", help="also write best.pt as an open_clip folder, with its tower")
     group.add_argument("--warmup_steps", type=number(0), default=0, help="of linear warm-up (default: %(default)s)")
     group.add_argument(
         "--grad_clip", type=number(0, kind=float), default=1.0, help="largest gradient norm (default: %(default)s)"
@@ -210,56 +238,163 @@ def parse_flags(parser, argv, *, stage, images, batch):
     args = parser.parse_args(argv)
     if grey_levels(args.eps) < 1:
         parser.error(f"--eps {args.eps:g} is under one grey level, 1/255: no 8-bit image is inside that ball")
+    if not args.output_dir:
+        parser.error("--output_dir is empty")
+    if batch == "train" and args.batch_size == "auto":
+        parser.error("--batch_size auto is for attacks: the batch of a training is part of its loss")
     return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: one, or several under torchrun: rank 0 speaks and writes, all ranks work
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_group():
+    """Under torchrun, meet the other processes; the folders are shared by all."""
+    if PROCESSES == 1 or distributed.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    warnings.filterwarnings("ignore", r"torch\.distributed\.nn", FutureWarning)  # open_clip's use of it
+    distributed.init_process_group(backend, timeout=timedelta(days=1))  # decoding may keep rank 0 for hours
+    atexit.register(distributed.destroy_process_group)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def barrier():
+    if PROCESSES > 1:
+        gather(None)  # of objects: needs no GPU
+
+
+def gather(value):
+    """The values of all ranks, in their order."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def main_first():
+    """Rank 0 goes through the block first, the others when it is done."""
+    if RANK:
+        barrier()
+    yield
+    if not RANK:
+        barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs: one output folder each; metrics.json is written last and marks the folder complete
 
-NOT_IN_RESULT = {"output_dir", "overwrite", "num_workers", "cache_dir", "reproduce"}  # flags that change no number
+NOT_IN_RESULT = {  # flags that change no number
+    *("output_dir", "overwrite", "num_workers", "cache_dir", "reproduce", "rerun"),
+    *("profile", "save_every", "grad_checkpointing", "export"),
+}
 
 
 class Run:
-    """Bookkeeping of one script: checks what can be checked early, refuses to overwrite, times, writes metrics.json.
+    """Bookkeeping of one script: checks what can be checked early, refuses to overwrite, resumes, writes metrics.json.
 
-    A finished run with the same flags and inputs ends the script at once with exit code 0; with others it is an error
-    unless --overwrite is given.
+    A finished run with the same flags and inputs ends the script at once with exit code 0; an unfinished one goes on
+    from what it kept in .partial; a run with other flags or inputs is an error unless --overwrite is given.
 
-    inputs   folders of other runs that this one reads
-    show     what to print of a finished run's metrics.json, (record) -> text
+    inputs   what this run reads: folders of other runs, files of weights
+    show     what to do with a finished run again: (metrics.json as a dict) -> text to print
     """
 
     def __init__(self, args, inputs=(), show=None):
-        self.args, self.dir = args, Path(args.output_dir)
-        self.started, self.clock = datetime.now(timezone.utc), time.perf_counter()
-        self.inputs = {folder.name: read_json(folder / "metrics.json")["started"] for folder in inputs}
-        done = self.dir / "metrics.json"
-        if done.exists() and not args.overwrite:
-            record = read_json(done)
-            differing = differing_flags(record["args"], vars(args))
-            if differing:
-                fail(f"{self.dir} holds a finished run with other flags ({differing}): --overwrite replaces it")
-            if record["inputs"] != self.inputs:
-                fail(f"{self.dir} was made from another run of {', '.join(self.inputs)}: --overwrite makes it anew")
-            print(show(record) + "\n" if show else "", end="")
+        self.args, self.dir, self.before, self.clock = args, Path(args.output_dir), 0.0, time.perf_counter()
+        self.started = datetime.now(timezone.utc).isoformat()
+        device = pick_device(args.device)
+        _, weights = find_weights(args.model, args.pretrained)
+        self.inputs = {str(path): fingerprint(path) for path in [*inputs, *([weights] if weights else [])]}
+        done, self.partial = self.dir / "metrics.json", self.dir / ".partial"
+        if not args.overwrite and exists(done):
+            finished = read_record(done)
+            self.must_equal(finished, "a finished run")  # by however many processes
+            print(show(finished) + "\n" if show else "", end="")
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
             raise SystemExit(0)
-        pick_device(args.device)
-        find_weights(args.model, args.pretrained)
+        if not RANK:
+            self.take_folder()
+        barrier()
+        marker = self.partial / "run.json"
+        unfinished = read_record(marker) if marker.exists() else None
+        if unfinished and done.exists() and unfinished["started"] in done.read_text(errors="replace"):
+            unfinished = None  # ended after its last file, before it was tidied up
+        if unfinished and not args.overwrite:
+            self.must_equal(unfinished, "an unfinished run")
+        if unfinished and not self.differences(unfinished):
+            self.started, self.before = unfinished["started"], unfinished["seconds"]
+            print(f"{self.dir} holds an unfinished run: going on after its first {self.before:.0f} s")
+        elif not RANK and self.partial.exists():
+            shutil.rmtree(self.partial)
+        barrier()
+        self.found = {path.name for path in self.partial.glob("*.pt")}
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        reset_peak_memory(device)
+
+    def take_folder(self):
+        """Make the folder, see that it can be written, and hold it until this process ends."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             write_json(self.dir / ".write_test", {})
             (self.dir / ".write_test").unlink()
         except OSError as error:
             fail(f"cannot write to --output_dir {self.dir}: {error.strerror}")
+        folder = os.open(self.dir, os.O_RDONLY)
+        self.release = weakref.finalize(self, os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another run is writing to {self.dir}: wait for it, or give another --output_dir")
+        except OSError:
+            pass  # a file system without locks
+
+    def differences(self, record):
+        """What differs from an earlier run that changes its numbers, as one text; empty if it was the same run."""
+        old, new = record["args"], json.loads(json.dumps(vars(self.args)))  # tuples compare as lists
+        keys = sorted((old.keys() | new.keys()) - NOT_IN_RESULT)
+        said = [f"--{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+        inputs = record["inputs"]
+        said += [f"a new {path}" for path in self.inputs if inputs.get(path) != self.inputs[path]]
+        said += [f"without {path}" for path in inputs.keys() - self.inputs.keys()]
+        if "argv" not in record and record.get("processes") != PROCESSES:  # of an unfinished run
+            said.append(f"{record.get('processes')} -> {PROCESSES} processes")
+        return ", ".join(said)
+
+    def must_equal(self, record, what):
+        if said := self.differences(record):
+            fail(f"{self.dir} holds {what} with other flags or inputs ({said}): --overwrite replaces it")
+
+    def keep(self, key, value):
+        """Store a finished part of the work, tensors and plain values, so that a killed run goes on after it."""
+        self.partial.mkdir(exist_ok=True)
+        if not RANK:
+            record = {"args": vars(self.args), "inputs": self.inputs, "processes": PROCESSES}
+            write_json(self.partial / "run.json", record | {"started": self.started, "seconds": self.seconds()})
+        save_torch(self.partial / f"{digest(key)}.pt", value)
+
+    def kept(self, key):
+        """What an earlier, killed process of this run kept under key, or None."""
+        file = self.partial / f"{digest(key)}.pt"
+        return torch.load(file, map_location="cpu", weights_only=True) if file.name in self.found else None
 
     def begin(self):
         """To be called before the first file is written: from here to finish() the folder is not complete."""
-        (self.dir / ".run").touch()  # this folder is ours
-        (self.dir / "metrics.json").unlink(missing_ok=True)
+        if not RANK:
+            (self.dir / ".run").touch()  # this folder is ours
+            (self.dir / "metrics.json").unlink(missing_ok=True)
+        barrier()
 
     def seconds(self):
-        return time.perf_counter() - self.clock
+        """Wall time of this run, without the pauses of a killed one."""
+        return self.before + time.perf_counter() - self.clock
 
     def finish(self, device, **metrics):
         """Write metrics.json: how the run was made, then the script's own figures."""
@@ -272,11 +407,69 @@ class Run:
             "commit": git_commit(),
             "versions": versions | {"python": platform.python_version()},
             "device": f"{device} ({torch.cuda.get_device_name(device) if on_gpu else platform.machine()})",
-            "started": self.started.isoformat(),
+            "processes": PROCESSES,
+            "started": self.started,
             "seconds": round(self.seconds(), 3),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory(),
         }
-        write_json(self.dir / "metrics.json", record | metrics)
+        if not RANK:
+            write_json(self.dir / "metrics.json", record | metrics)
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.release()
+        barrier()
+
+
+def exists(path):
+    try:
+        return path.exists()
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+
+
+def read_record(path):
+    """A metrics.json, or the start of one in .partial."""
+    record, kinds = read_json(path), {"args": dict, "inputs": dict, "started": str}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        fail(f"{path} is damaged: delete it, or make its folder again with --overwrite")
+    return record
+
+
+def fingerprint(path):
+    """What changes when a run's folder, or a file, is made anew."""
+    if path.is_dir():
+        return read_record(path / "metrics.json")["started"]
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def digest(value):
+    """A name for plain values."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
+
+
+def run_main(main, args):
+    """main(args); what comes from outside, a full disk, a full memory, Ctrl-C, ends it with one line."""
+    join_group()
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from what is saved", file=sys.stderr)
+        raise SystemExit(130)
+    except torch.OutOfMemoryError:
+        fail(f"the GPU's memory is too small for --batch_size {args.batch_size}: the same command with a smaller one, "
+             "with --batch_size auto for attacks, --grad_checkpointing for training")  # fmt: skip
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fail(f"no room to write {error.filename or args.output_dir} ({error.strerror}): make room, then give the same "
+             "command again; it goes on from what is saved")  # fmt: skip
+
+
+def reset_peak_memory(device):
+    """Count the peak from here: stages of a reproduction share a process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # not Linux, or not allowed: then the peak is the process's
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory():
@@ -285,13 +478,6 @@ def peak_memory():
     if status.exists():  # getrusage would count the process that started this one
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def differing_flags(old, new):
-    """The flags whose value changed, as one text; empty when the two runs give the same numbers."""
-    old, new = (json.loads(json.dumps(flags)) for flags in (old, new))  # tuples compare as lists
-    keys = sorted((old.keys() | new.keys()) - NOT_IN_RESULT)
-    return ", ".join(f"--{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k))
 
 
 def git_commit():
@@ -311,12 +497,27 @@ def require_disk(folder, need):
 
 
 def replace_file(path, write):
-    """write(temporary path), flushed to disk, then renamed to path: path is whole or not there."""
+    """write(temporary path), flushed to disk, then renamed to path: path is whole, or as it was before."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_torch(path, value):
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(value, file)
+            except RuntimeError as error:  # hides why the file could not be written
+                raise error.__context__ or error
+
+    replace_file(path, write)
 
 
 def write_text(path, text):
@@ -330,22 +531,34 @@ def write_json(path, value):
 def read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fail(f"{path} cannot be read as JSON: {error}")
 
 
 def run_script(words):
-    """Print a command as a user would type it, run it, and end with its exit code if it fails."""
+    """Print a command as a user would type it, and run it; an error ends this script, too."""
     print(f"\n$ python {shlex.join(words)}", flush=True)
-    code = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]]).returncode
-    if code:
-        raise SystemExit(code)
+    argv, sys.argv = sys.argv, words
+    try:
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")  # in this process: the imports take seconds
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        sys.argv = argv
+
+
+def say(text):
+    """Print a line, above the progress bars of a terminal."""
+    if not RANK:
+        tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
 
 
 def progress(iterable, what, total=None, unit="image"):
     """A progress bar with rate and ETA, shown once something takes longer than two seconds."""
     log = not sys.stderr.isatty()  # there, a line now and then
-    return tqdm(iterable, what, total, unit=unit, delay=2, mininterval=30 if log else 0.2, ncols=79, leave=log)
+    every = 30 if log else 0.2
+    return tqdm(iterable, what, total, unit=unit, delay=2, mininterval=every, ncols=79, leave=log, disable=RANK > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,13 +591,18 @@ class Clip(torch.nn.Module):
     def logit_scale(self):
         return self.model.logit_scale.detach().exp()
 
+    def forward(self, images):
+        """encode_image, for DistributedDataParallel."""
+        return self.encode_image(images)
+
     def encode_image(self, images):
         """(B, 3, H, W) float32 in [0, 1] -> (B, D) float32, unit norm; differentiable in images and weights.
 
         bf16 is for gradients alone: features that are scored, under torch.no_grad(), are fp32 whatever --precision.
         """
         bf16 = self.bf16 and torch.is_grad_enabled()
-        tower = fast_tower(self.model.visual, self.mean, self.std, torch.bfloat16 if bf16 else torch.float32, held=False)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        tower = fast_tower(self.model.visual, self.mean, self.std, dtype, held=False)
         if tower:
             return F.normalize(tower(images).float(), dim=-1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
@@ -404,6 +622,8 @@ class Clip(torch.nn.Module):
         for start in range(0, len(missing), 256):
             chunk = missing[start : start + 256]
             features = F.normalize(self.model.encode_text(self.tokenizer(chunk).to(self.device)).float(), dim=-1)
+            if not features.isfinite().all():
+                fail(f"text features of {self.arch} are not finite: its weights are damaged")
             self.text_cache.update(zip(chunk, features))
         return torch.stack([self.text_cache[c] for c in captions])
 
@@ -450,21 +670,28 @@ def fast_tower(visual, mean, std, dtype, held):
     def split(x):  # (B, N, k W) -> k of (B, heads, N, W / heads)
         return x.unflatten(2, (-1, heads, width // heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
+    def layer(x, norm_1, norm_2, w_qkv, b_qkv, w_out, b_out, w_1, b_1, w_2, b_2, activation, last):
+        y = norm_1(x)
+        if last:  # the class token alone is read
+            x = x[:, :1]
+            (q,) = split(F.linear(y[:, :1], w_qkv[:width], b_qkv[:width]))
+            k, v = split(F.linear(y, w_qkv[width:], b_qkv[width:]))
+        else:
+            q, k, v = split(F.linear(y, w_qkv, b_qkv))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + F.linear(y, w_out, b_out)
+        return x + F.linear(activation(F.linear(norm_2(x), w_1, b_1)), w_2, b_2)
+
     def encode(images):
         x = images.to(dtype).unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, P, P)
         x = F.linear(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), *embed)  # (B, hw, W)
         x = before(torch.cat([token.expand(len(x), 1, -1), x], 1) + position)
-        for i, (norm_1, norm_2, w_qkv, b_qkv, w_out, b_out, w_1, b_1, w_2, b_2, activation) in enumerate(layers):
-            y = norm_1(x)
-            if i < len(layers) - 1:
-                q, k, v = split(F.linear(y, w_qkv, b_qkv))
+        for i, weights in enumerate(layers):
+            last = i == len(layers) - 1
+            if visual.transformer.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, *weights, last, use_reentrant=False)
             else:
-                x = x[:, :1]
-                (q,) = split(F.linear(y[:, :1], w_qkv[:width], b_qkv[:width]))
-                k, v = split(F.linear(y, w_qkv[width:], b_qkv[width:]))
-            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            x = x + F.linear(y, w_out, b_out)
-            x = x + F.linear(activation(F.linear(norm_2(x), w_1, b_1)), w_2, b_2)
+                x = layer(x, *weights, last)
         return after(x[:, 0]) @ projection
 
     return encode
@@ -473,7 +700,11 @@ def fast_tower(visual, mean, std, dtype, held):
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and PROCESSES > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name):
+            raise RuntimeError("write cuda, cuda:1, mps, cpu or auto")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} is not usable here: {describe(error)}")
@@ -488,7 +719,15 @@ def model_config(name):
     if config is None:
         fail(f"--model {name}: open_clip has no such model; open_clip.list_models() lists them, and local-dir:DIR or "
              "hf-hub:ORG/NAME work too")  # fmt: skip
+    size = config.get("vision_cfg", {}).get("image_size", 224) if "vision_cfg" in config else None
+    if not isinstance(size, int) or not 0 < size < 10_000:
+        fail(f"--model {name}: vision_cfg asks for images of {size} pixels: one side of square images is supported")
     return config
+
+
+def image_size(name):
+    """The side of the square images that a model takes, in pixels."""
+    return model_config(name)["vision_cfg"].get("image_size", 224)
 
 
 def find_weights(name, pretrained):
@@ -532,7 +771,7 @@ def load_clip(args, source=None):
         logging.disable(logging.NOTSET)
     train_ids = load_checkpoint(model, name, file) if file else set()
     train_ids |= load_checkpoint(model, name, over, tower_alone=True) if over else set()
-    sizes = [model_config(n)["vision_cfg"].get("image_size", 224) for n in (name, args.model)]
+    sizes = [image_size(n) for n in (name, args.model)]
     if sizes[0] != sizes[1]:
         fail(f"{name} takes images of {sizes[0]} pixels and --model {args.model} of {sizes[1]}: one table, one size")
     return Clip(model, tokenizer, name, pick_device(args.device), args.precision, train_ids)
@@ -547,7 +786,8 @@ def load_checkpoint(model, name, file, tower_alone=False):
         if file.suffix == ".safetensors":
             checkpoint = open_clip.factory.load_state_dict(str(file))
         else:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of the pickle's protocol
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         state, quick = checkpoint.get("state_dict", checkpoint), checkpoint.get("quick_gelu")
         if quick is not None and quick != bool(model_config(name).get("quick_gelu", False)):
             fail(f"{file} was made {'with' if quick else 'without'} QuickGELU and --model {name} is not: use its twin")
@@ -560,8 +800,14 @@ def load_checkpoint(model, name, file, tower_alone=False):
             model.visual.load_state_dict(state)
         else:
             open_clip.load_checkpoint(model, str(file))
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            fail(f"{file} holds weights that are not finite: they are of a training that diverged")
         return {int(i) for i in checkpoint.get("train_ids", ())}
-    except Exception as error:  # a damaged, foreign or hostile file raises anything, pickle's errors included
+    except pickle.UnpicklingError as error:  # whose text would have the reader turn weights_only off
+        if re.search("(?i)global|operand 149", str(error)):  # 149 begins a pickle that torch did not write
+            fail(f"{file} holds code, or objects that are not plain tensors: not opened, for it could run anything")
+        fail(f"{file} is no checkpoint of plain tensors for {name}, and is not used: it is damaged, or something else")
+    except Exception as error:  # a damaged, foreign or hostile file raises anything
         fail(f"{file} is no checkpoint of plain tensors for {name}, and is not used: {describe(error)}")
 
 
@@ -578,6 +824,8 @@ def describe(error):
 # MMEB: TIGER-Lab/MMEB-train and MMEB-eval
 
 CONFIG = "MSCOCO_i2t"
+LARGEST_FILE, LARGEST_IMAGE = 20_000_000, 50_000_000  # bytes, pixels: bombs are not unpacked
+Image.MAX_IMAGE_PIXELS = None  # open_image() looks itself
 SPLITS = {  # split, image column, caption column (a list has the positive first), start of the file names kept
     "train": ("original", "qry_image_path", "pos_text", "COCO_train2014_"),
     "eval": ("test", "qry_img_path", "tgt_text", "COCO_"),
@@ -621,6 +869,12 @@ def open_split(args, split):
         cache = str(Path(args.cache_dir) / "datasets" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:20])
         datasets.disable_progress_bars()
     try:
+        if cache:  # the card may name files anywhere
+            files = datasets.load_dataset_builder(source, CONFIG, cache_dir=cache).config.data_files
+            root = os.path.abspath(source)  # links are not followed: in the hub's cache every file is one
+            outside = [f for f in sum(files.values(), []) if not Path(os.path.abspath(f)).is_relative_to(root)]
+            if outside:
+                raise ValueError(f"{outside[0]} is outside the folder")
         table = datasets.load_dataset(source, CONFIG, split=split_name, cache_dir=cache)
     except Exception as error:  # datasets raises a class of its own for each missing thing
         fail(f"{flag}: cannot open config {CONFIG}, split {split_name}: {describe(error)}")
@@ -629,7 +883,7 @@ def open_split(args, split):
             fail(f"{flag}: split {split_name} has no column {column}; it has {', '.join(table.column_names)}")
     rows, seen = [], set()
     for row, path in enumerate(table[image_column]):
-        match = re.fullmatch(r"COCO_(?:train|val)2014_(\d+)\.jpe?g", PurePosixPath(path or "").name)
+        match = re.fullmatch(r"COCO_(?:train|val)2014_(\d{1,12})\.jpe?g", PurePosixPath(path or "").name)
         if not match:
             fail(f"{flag}: row {row}: {image_column} {path!r} is not the path of a COCO 2014 image")
         if match[0].startswith(wanted) and match[1] not in seen:
@@ -656,15 +910,14 @@ def load_examples(args, split, count):
     for (row, _, _), text in zip(rows, captions):
         if not isinstance(text, str) or not text.strip():
             fail(f"{flag}: row {row}: {column} is empty")
-    size = model_config(args.model)["vision_cfg"].get("image_size", 224)
-    if not isinstance(size, int):
-        fail(f"--model {args.model} takes images of {size} pixels: only square inputs are supported")
+    size = image_size(args.model)
     paths = [path for _, path, _ in rows]
     reader = ImageReader(getattr(args, f"{split}_data"), paths, args.image_root, fetch_all=split == "train")
     key = hashlib.sha256(json.dumps([reader.fingerprint, paths, size]).encode()).hexdigest()[:20]
     cache = Path(args.cache_dir) / f"{key}.npy"
-    if not cache.with_suffix(".json").exists():
-        decode_all(reader, size, cache, args)
+    with main_first():
+        if not cache.with_suffix(".json").exists():
+            decode_all(reader, size, cache, args)
     broken = read_json(cache.with_suffix(".json"))["broken"]
     if broken and not args.skip_bad_images:
         path, problem = next(iter(broken.items()))
@@ -690,14 +943,12 @@ def decode_all(reader, size, cache, args):
     def decode(path):
         try:
             data = reader.read(path)
-        except (zipfile.BadZipFile, zlib.error) as error:
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, ValueError) as error:
             return None, describe(error)
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                image = TF.resize(image.convert("RGB"), size, TF.InterpolationMode.BICUBIC)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return decode_image(data, size), None
+        except (OSError, ValueError, SyntaxError) as error:
             return None, describe(error)
-        return np.asarray(TF.center_crop(image, size)).transpose(2, 0, 1), None
 
     good, broken = 0, {}
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
@@ -726,6 +977,30 @@ def decode_all(reader, size, cache, args):
         temporary.unlink(missing_ok=True)
 
 
+def decode_image(data, size):
+    """The bytes of an image file -> uint8 (3, size, size): bicubic resize of the short side, centre crop.
+
+    PIL's resize to 0.01 grey levels on average, done by torch's vectorised one on the interleaved pixels.
+    """
+    with open_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]) as image:  # none that starts another program
+        width, height = image.size
+        if image.mode[0] in "IF":
+            raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
+        pixels = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+    shape = [size * height // min(width, height), size * width // min(width, height)]
+    pixels = F.interpolate(pixels.permute(2, 0, 1)[None], shape, mode="bicubic", antialias=True)[0]
+    return TF.center_crop(pixels, size).numpy()
+
+
+def open_image(data, formats):
+    """Image.open of a file's bytes; ValueError for a size that no photograph has."""
+    image = Image.open(io.BytesIO(data), formats=formats)
+    width, height = image.size
+    if width * height > LARGEST_IMAGE or max(width, height) > 50 * min(width, height):
+        raise ValueError(f"{width} x {height} pixels")
+    return image
+
+
 class ImageReader:
     """Reads the images that the rows name, from unpacked folders or from the data set's zips, local or on the hub.
 
@@ -752,7 +1027,14 @@ class ImageReader:
         self.fingerprint += [[file.stat().st_size, file.stat().st_mtime_ns] for file in used]
 
     def read(self, path):
-        return self.files[path].read_bytes() if path in self.files else self.archive.read(self.members[path])
+        if path in self.files:
+            return self.files[path].read_bytes()
+        with self.archive.open(self.members[path]) as member:
+            claimed = self.archive.getinfo(self.members[path]).file_size
+            data = b"" if claimed > LARGEST_FILE else member.read(LARGEST_FILE + 1)
+        if max(claimed, len(data)) > LARGEST_FILE:
+            raise ValueError(f"unpacks to more than {LARGEST_FILE / 1e6:.0f} MB")
+        return data
 
     def open_archive(self):
         """Find the zip that holds the images by looking into the repository's zips, the likeliest name first."""
@@ -792,9 +1074,12 @@ class ImageReader:
 
 def find_file(root, path):
     """An unpacked image: at the row's path, below fewer of its leading folders, or in COCO's own folder; or None."""
-    parts = PurePosixPath(path).parts
-    tries = [root.joinpath(*parts[i:]) for i in range(len(parts))] + [root / parts[-1].split("_")[1] / parts[-1]]
-    return next((file for file in tries if file.is_file()), None)
+    parts, inside = PurePosixPath(path).parts, root.resolve()
+    for file in [root.joinpath(*parts[i:]) for i in range(len(parts))] + [root / parts[-1].split("_")[1] / parts[-1]]:
+        with suppress(OSError, ValueError):  # a path that is too long, or holds a zero byte
+            if file.is_file() and file.resolve().is_relative_to(inside):  # neither .., / nor a link leads out
+                return file
+    return None
 
 
 def match_members(paths, names):
@@ -931,43 +1216,78 @@ def to_pixels(images, pixels, eps):
     return (pixels + delta).clamp(0, 255).byte()
 
 
-def attack_batches(encode_image, examples, loss_fn, args, random_start=True, seed=0, auto=False, what="attack"):
-    """The attack on every example, args.batch_size at a time.
+def in_batches(first, last, args, what, work, settled=()):
+    """Yield (slice, work(slice)) over first..last, --batch_size at a time.
 
-    encode_image   differentiable, (B, 3, H, W) in [0, 1] -> (B, D) unit norm: the model, or a whole defence
-    loss_fn        (image_features (B, D), indices of the examples as a slice) -> (B,) losses, such as own_caption()
-    seed           added to args.seed for the random start
-    yields         (start, pixels_adv uint8 (B, 3, H, W) on the CPU, Attacked)
+    auto      on a GPU everything at once, at first; halved, for good, whenever its memory runs out
+    settled   {first: last} of batches that need not be done again
     """
+    global largest_batch
+    with progress(None, what, last - first) as bar:
+        while first < last:
+            if first in settled:
+                bar.update(settled[first] - first)
+                first = settled[first]
+                continue
+            size = args.batch_size
+            if size == "auto" and pick_device(args.device).type != "cuda":
+                size = PRESETS[args.preset]["batch_size"]["attack"]
+            here = slice(first, min([first + (largest_batch if size == "auto" else size), last]))
+            try:
+                done = work(here)
+            except torch.OutOfMemoryError:
+                if size != "auto" or here.stop == first + 1:
+                    raise
+                done = None
+            if done is None:  # outside the handler, which keeps the failed batch alive
+                largest_batch = (here.stop - first) // 2
+                torch.cuda.empty_cache()
+                continue
+            yield here, done
+            bar.update(here.stop - first)
+            first = here.stop
 
-    def attack(here, pixels):
-        images = as_images(pixels, pick_device(args.device))
-        noise = start_noise(args.seed + seed, range(here.start, here.stop), pixels.shape[1:]) if random_start else None
-        noise = None if noise is None else noise.to(images.device)
-        budget = {"eps": args.eps, "alpha": args.alpha, "steps": args.steps}
-        return pgd(lambda x: loss_fn(encode_image(x), here), images, **budget, noise=noise, auto=auto)
 
-    with progress(None, what, len(examples)) as bar:
-        for start in range(0, len(examples), args.batch_size):
-            here = slice(start, min(start + args.batch_size, len(examples)))
-            pixels = examples.pixels[here]
-            attacked = attack(here, pixels)
-            yield start, to_pixels(attacked.images, pixels, args.eps), attacked
-            bar.update(len(pixels))
+largest_batch = 1024  # with --batch_size auto; the halving is remembered from one attack to the next
 
 
-def own_caption(text_features):
+def attack_batches(loss_at, examples, args, random_start=True, seed=0, auto=False, what="attack", settled=()):
+    """The attack on every example, --batch_size at a time; under torchrun on this rank's share of the batches.
+
+    loss_at   slice of the examples -> loss_fn of their images for pgd(), such as own_caption()
+    seed      added to args.seed for the random start
+    settled   as for in_batches()
+    yields    (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, Attacked)
+    """
+    device, budget = pick_device(args.device), {"eps": args.eps, "alpha": args.alpha, "steps": args.steps}
+
+    def attack(here):
+        pixels, noise = examples.pixels[here], None
+        if random_start:
+            noise = start_noise(args.seed + seed, range(here.start, here.stop), pixels.shape[1:]).to(device)
+        with profiled(args):
+            attacked = pgd(loss_at(here), as_images(pixels, device), **budget, noise=noise, auto=auto)
+        return to_pixels(attacked.images, pixels, args.eps), attacked
+
+    unit = 1 if args.batch_size == "auto" else args.batch_size
+    share = unit * math.ceil(len(examples) / unit / PROCESSES)
+    first, last = min(RANK * share, len(examples)), min((RANK + 1) * share, len(examples))
+    for here, (pixels_adv, attacked) in in_batches(first, last, args, what, attack, settled):
+        yield here, pixels_adv, attacked
+
+
+def own_caption(encode_image, text_features):
     """The report's loss: minus the cosine with the own caption, row i of text_features (N, D)."""
-    return lambda image_features, here: -(image_features * text_features[here]).sum(-1)
+    return lambda here: lambda images: -(encode_image(images) * text_features[here]).sum(-1)
 
 
-def attack_all(encode_image, examples, loss_fn, args, **options):
-    """attack_batches, collected: pixels_adv uint8 (N, 3, H, W) and its attack_health."""
-    parts, healths = [], []
-    for start, pixels_adv, attacked in attack_batches(encode_image, examples, loss_fn, args, **options):
-        parts.append(pixels_adv)
-        healths.append(attack_health(examples.pixels[start : start + len(pixels_adv)], pixels_adv, attacked))
-    return torch.cat(parts), sum_health(healths)
+def attack_all(loss_at, examples, args, **options):
+    """attack_batches, collected from all ranks: pixels_adv uint8 (N, 3, H, W) and its attack_health."""
+    parts = []
+    for here, pixels_adv, attacked in attack_batches(loss_at, examples, args, **options):
+        parts.append((pixels_adv, attack_health(examples.pixels[here], pixels_adv, attacked)))
+    pixels_adv, healths = zip(*(part for share in gather(parts) for part in share))
+    return torch.cat(pixels_adv), sum_health(healths)
 
 
 def attack_health(pixels, pixels_adv, attacked):
@@ -995,10 +1315,17 @@ def linf_grey_levels(pixels, pixels_adv):
 
 
 @torch.no_grad()
-def encode_all(encode_image, pixels, batch_size, device):
-    """Features of uint8 images (N, 3, H, W) in batches: (N, D)."""
-    parts = [encode_image(as_images(pixels[i : i + batch_size], device)) for i in range(0, len(pixels), batch_size)]
-    return torch.cat(parts)
+def encode_all(encode_image, pixels, args):
+    """Features of uint8 images (N, 3, H, W), --batch_size at a time: (N, D)."""
+    device = pick_device(args.device)
+
+    def encode(here):
+        return encode_image(as_images(pixels[here], device))
+
+    features = torch.cat([features for _, features in in_batches(0, len(pixels), args, "encode", encode)])
+    if not features.isfinite().all():
+        fail("image features are not finite, and their similarity means nothing: the model's weights are damaged")
+    return features
 
 
 def jpeg(images, quality):
@@ -1044,30 +1371,36 @@ def load_adversarial(folder, examples, args):
     Ends with one line if they were made with another attack, or if an image is missing, of another caption or size, or
     outside the ball around its clean twin.
     """
-    made = read_json(folder / "metrics.json").get("args", {})
+    made = read_record(folder / "metrics.json")["args"]
     for flag in ("model", "pretrained", "eps", "alpha", "steps"):
         if made.get(flag) != getattr(args, flag):
             fail(f"{folder} was made with --{flag} {made.get(flag)}, not {getattr(args, flag)}: give another folder")
     if not (folder / "metadata.jsonl").exists():
         fail(f"{folder} holds no metadata.jsonl: it is not a folder of generate_pgd_adversarial.py")
     entries = {}
-    for i, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").strip().split("\n"), 1):
+    for i, line in enumerate((folder / "metadata.jsonl").read_bytes().strip().split(b"\n"), 1):
         try:
             entry = json.loads(line)
-            entries[entry["coco_id"], entry["caption"]] = folder / entry["file_name"]
-        except (ValueError, KeyError, TypeError):
+            file = (folder / entry["file_name"]).resolve()
+            if not file.is_relative_to(folder.resolve()):
+                fail(f"{folder / 'metadata.jsonl'}: line {i}: {entry['file_name']} is outside the folder")
+            entries[entry["coco_id"], entry["caption"]] = file, entry["sha256"]
+        except (ValueError, KeyError, TypeError, OSError, RecursionError):
             fail(f"{folder / 'metadata.jsonl'}: line {i} is damaged: make the folder again with --overwrite")
     twins = np.empty(examples.pixels.shape, np.uint8)
 
     def problem_with(i):
-        file = entries.get((examples.coco_ids[i], examples.captions[i]))
+        file, checksum = entries.get((examples.coco_ids[i], examples.captions[i]), (None, None))
         if file is None:
             return f"{folder} has no adversarial twin of {examples.names[i]} with its caption"
         try:
-            with Image.open(file) as image:
-                twin = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            data = file.read_bytes()
         except OSError as error:
             return f"{file}: {describe(error)}"
+        if hashlib.sha256(data).hexdigest() != checksum:
+            return f"{file} was altered after it was made: its sha256 is not that of metadata.jsonl"
+        with open_image(data, ["PNG"]) as image:
+            twin = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
         twins[i] = twin if twin.shape == twins[i].shape else 0
         if linf_grey_levels(twins[i : i + 1], examples.pixels[i : i + 1])[0] > grey_levels(made["eps"]):
             return f"{file} is not in the ball around {examples.names[i]} at this size"
@@ -1079,6 +1412,44 @@ def load_adversarial(folder, examples, args):
                 pool.shutdown(cancel_futures=True)
                 fail(f"{problem}: make it again with generate_pgd_adversarial.py")
     return twins
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Profile
+
+KINDS = {  # words in the names of operators and kernels, the first kind that fits
+    "data": ("copy_", "_to_copy", "memcpy", "memset"),
+    "attention": ("attention", "flash", "fmha", "softmax"),
+    "products": ("mm", "gemm", "linear", "conv", "cutlass", "xmma"),
+}
+blocks = 0  # that profiled() has seen
+
+
+@contextmanager
+def profiled(args):
+    """With --profile, trace the second such block of a script: trace.json, and where its time went in five lines."""
+    global blocks
+    blocks += 1
+    if not args.profile or blocks != 2 or RANK:
+        yield
+        return
+    on_gpu, folder = torch.cuda.is_available(), Path(args.output_dir)
+    with torch.profiler.profile() as trace:
+        began = time.perf_counter()
+        yield
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    trace.export_chrome_trace(str(folder / "trace.json"))
+    shares = dict.fromkeys([*KINDS, "elementwise"], 0.0)
+    for event in trace.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        kinds = [kind for kind, words in KINDS.items() if any(word in event.key.lower() for word in words)]
+        shares[kinds[0] if kinds else "elementwise"] += spent / 1e6 / seconds
+    shares["idle"] = max(0.0, 1 - sum(shares.values()))
+    say(f"second batch: {seconds:.3f} s on the {'GPU' if on_gpu else 'CPU'}, traced in {folder / 'trace.json'}")
+    for kind, share in shares.items():
+        say(f"  {kind:12} {share:6.1%}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1103,22 +1474,26 @@ def contrastive_loss(image_features, text_features, caption_ids, negatives, nega
     return (image_to_text + text_to_image) / 2
 
 
-def train(args, run, clip, training, validation, make_twins, twin_loss_fn=None):
+def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None, twin_loss_fn=None):
     """Fine-tune the visual tower on clean images and their twins; text tower and logit_scale stay frozen.
 
-    make_twins     (step, indices, images) -> (B, 3, H, W) in [0, 1]: augmented or adversarial versions of the images
-    twin_loss_fn   (image_features (B, D) of the twins, indices) -> scalar, in place of the contrastive loss
-    returns        what metrics.json says of the training; writes log.jsonl, last.pt and best.pt into run.dir
+    make_twins      (step, indices, images) -> (B, 3, H, W) in [0, 1]: augmented or adversarial versions of the images
+    clean_loss_fn   (image_features (B, D), indices) -> scalar, in place of the clean images' contrastive loss
+    twin_loss_fn    likewise for the twins'
+    returns         what metrics.json says of the training; writes log.jsonl, last.pt and best.pt into run.dir
 
     The loss is the mean of the clean and the twins' contrastive loss; both halves go through the tower together. The
-    best epoch is the one of the highest white-box adversarial similarity on the validation images.
+    best epoch is the one of the highest white-box adversarial similarity on the validation images. Under torchrun the
+    batch is --batch_size a process, and each loss is over the features of all. All random draws are functions of
+    (seed, step, image): a state kept every --save_every minutes is enough to go on to the same files.
     """
-    device, visual = clip.device, clip.model.visual
+    device, visual, batch_size = clip.device, clip.model.visual, args.batch_size * PROCESSES
     state_bytes = sum(t.numel() * t.element_size() for t in clip.model.state_dict().values())
-    require_disk(run.dir, 3 * state_bytes)
+    require_disk(run.dir, 9 * state_bytes)  # best.pt, last.pt and a temporary; twice the weights and two moments
     run.begin()
     clip.model.requires_grad_(False)
     visual.requires_grad_(True)
+    visual.set_grad_checkpointing(args.grad_checkpointing)
     matrices = [p for p in visual.parameters() if p.ndim >= 2]
     others = [p for p in visual.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -1126,98 +1501,162 @@ def train(args, run, clip, training, validation, make_twins, twin_loss_fn=None):
     text_features = clip.encode_text(training.captions)  # (N, D)
     ids = {caption: i for i, caption in enumerate(dict.fromkeys(training.captions))}
     caption_ids = torch.tensor([ids[caption] for caption in training.captions], device=device)
-    steps_per_epoch = math.ceil(len(training) / args.batch_size)
+    steps_per_epoch = math.ceil(len(training) / batch_size)
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    step, seen, epochs, losses, stopped, began, validating = 0, 0, [], [], "epochs", run.seconds(), 0.0
-    with open(run.dir / "log.jsonl", "w", encoding="utf-8") as log:
-        bar = progress(None, "train", last_step, unit="step")
-        for epoch in range(args.epochs):
+    if PROCESSES > 1:
+        print(f"{PROCESSES} processes, {args.batch_size} images each: a global batch of {batch_size}")
+
+    progressed = run.kept("state") or {"log": [], "epochs": [], "validating": 0.0, "began": run.seconds()}
+    log, epochs = progressed["log"], progressed["epochs"]
+    if log:
+        visual.load_state_dict(progressed["visual"])
+        optimizer.load_state_dict(progressed["optimizer"])
+        restore_generators(progressed["generators"])
+
+    def save_state():
+        tensors = {"visual": visual.state_dict(), "optimizer": optimizer.state_dict(), "generators": generators()}
+        run.keep("state", progressed | tensors)
+
+    wrapped = torch.nn.parallel.DistributedDataParallel(clip) if PROCESSES > 1 else clip
+    saved, stopped = time.perf_counter(), None
+    with (
+        open(os.devnull if RANK else run.dir / "log.jsonl", "w", encoding="utf-8", buffering=1) as log_file,
+        progress(None, "train", last_step, unit="step") as bar,
+        first_interrupt() as interrupted,
+    ):
+        log_file.writelines(json.dumps(entry) + "\n" for entry in log)
+        bar.update(len(log))
+        for step in range(len(log), last_step):
+            epoch, position = divmod(step, steps_per_epoch)
             order = np.random.default_rng([args.seed, epoch]).permutation(len(training))
+            batch = order[position * batch_size : (position + 1) * batch_size]
+            draw = np.random.default_rng([args.seed, step, 1]).permutation(len(training))
+            draw = draw[~np.isin(draw, batch)][: args.num_negatives]
+            own, own_ids = text_features[batch], caption_ids[batch]
+            against = own, own_ids, text_features[draw], caption_ids[draw], clip.logit_scale
             visual.train()
-            for batch in np.split(order, range(args.batch_size, len(order), args.batch_size)):
-                images = as_images(training.pixels[batch], device)
-                own, own_ids = text_features[batch], caption_ids[batch]
-                draw = np.random.default_rng([args.seed, step, 1]).permutation(len(training))
-                draw = draw[~np.isin(draw, batch)][: args.num_negatives]
-                twins = make_twins(step, batch, images)
-                clean_features, twin_features = clip.encode_image(torch.cat([images, twins])).chunk(2)  # (B, D) each
-                against = own, own_ids, text_features[draw], caption_ids[draw], clip.logit_scale
-                clean_loss = contrastive_loss(clean_features, *against)
-                if twin_loss_fn:
-                    twin_loss = twin_loss_fn(twin_features, batch)
-                else:
-                    twin_loss = contrastive_loss(twin_features, *against)
+            with profiled(args):
+                mine = np.array_split(np.pad(batch, (0, -len(batch) % PROCESSES), mode="edge"), PROCESSES)[RANK]
+                images = as_images(training.pixels[mine], device)
+                twins = make_twins(step, mine, images)
+                features = wrapped(torch.cat([images, twins])).chunk(2)  # clean, twins: (B, D) each
+                if PROCESSES > 1:
+                    features = open_clip.loss.gather_features(
+                        *features, gather_with_grad=True, rank=RANK, world_size=PROCESSES
+                    )
+                clean_loss, twin_loss = (
+                    loss_fn(x[: len(batch)], batch) if loss_fn else contrastive_loss(x[: len(batch)], *against)
+                    for x, loss_fn in zip(features, (clean_loss_fn, twin_loss_fn))
+                )
                 loss = (clean_loss + twin_loss) / 2
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), args.grad_clip)
                 if not (loss.isfinite() and grad_norm.isfinite()):
                     names, last = ", ".join(training.names[i] for i in batch), run.dir / "last.pt"
-                    fail(f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}; images {names}; "
+                    fail(f"step {step + 1} is not finite: loss {loss.item()}, gradient norm {grad_norm.item()}; images {names}; "
                          f"last good checkpoint: {last if epochs else 'none yet'}")  # fmt: skip
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
                 optimizer.step()
-                step, seen = step + 1, seen + 2 * len(batch)
-                losses.append(loss.item())
-                entry = {"step": step, "epoch": epoch + 1, "loss": losses[-1], "clean_loss": clean_loss.item()}
-                entry |= {"twin_loss": twin_loss.item(), "grad_norm": grad_norm.item(), "lr": group["lr"]}
-                log.write(json.dumps(entry) + "\n")
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-                bar.update()
-                window = losses[-args.loss_window :]
-                if args.loss_threshold and len(window) == args.loss_window and np.mean(window) < args.loss_threshold:
-                    stopped = "loss_threshold"
-                elif step == args.max_steps:
-                    stopped = "max_steps"
-                if stopped != "epochs":
-                    break
-            figures = {"epoch": epoch + 1, "step": step, "loss": float(np.mean(losses[-args.loss_window :]))}
-            paused = run.seconds()
-            figures |= validate(args, clip, validation)
-            validating += run.seconds() - paused
-            best = not epochs or figures["val_white_box"] > max(past["val_white_box"] for past in epochs)
-            epochs.append(figures)
-            checkpoint = {
-                "epoch": epoch + 1,
-                "name": clip.arch,
-                "quick_gelu": bool(model_config(clip.arch).get("quick_gelu", False)),
-                "state_dict": {key: value.cpu() for key, value in clip.model.state_dict().items()},
-                "train_ids": sorted({*training.coco_ids, *clip.train_ids}),  # of the weights it started from, too
-                "val_ids": validation.coco_ids,
-                "args": vars(args),
-            }
-            for name in ["last.pt", "best.pt"] if best else ["last.pt"]:
-                replace_file(run.dir / name, partial(torch.save, checkpoint))
-            tqdm.write(
-                f"epoch {epoch + 1}/{args.epochs}  step {step}  loss {figures['loss']:.3f}  validation clean "
-                f"{figures['val_clean']:.3f}, white-box {figures['val_white_box']:.3f}{'  *' if best else ''}"
-            )
-            if stopped != "epochs":
+            entry = {"step": step + 1, "epoch": epoch + 1, "loss": loss.item(), "clean_loss": clean_loss.item()}
+            log.append(entry | {"twin_loss": twin_loss.item(), "grad_norm": grad_norm.item(), "lr": group["lr"]})
+            log_file.write(json.dumps(log[-1]) + "\n")
+            bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
+            bar.update()
+            window = [entry["loss"] for entry in log[-args.loss_window :]]
+            if args.loss_threshold and len(window) == args.loss_window and np.mean(window) < args.loss_threshold:
+                stopped = "loss_threshold"
+            elif step + 1 == last_step:
+                stopped = "max_steps" if last_step == args.max_steps else "epochs"
+            if stopped or position + 1 == steps_per_epoch:
+                figures = {"epoch": epoch + 1, "step": step + 1, "loss": float(np.mean(window))}
+                paused = run.seconds()
+                figures |= validate(args, clip, validation)  # ends the run if a feature is not finite
+                progressed["validating"] += run.seconds() - paused
+                best = figures["val_white_box"] > max((past["val_white_box"] for past in epochs), default=-math.inf)
+                epochs.append(figures)
+                if not RANK:
+                    write_checkpoints(run.dir, ["last.pt", "best.pt"] if best else ["last.pt"], clip, args, figures,
+                                      training, validation)  # fmt: skip
+                say(
+                    f"epoch {epoch + 1}/{args.epochs}  step {step + 1}  loss {figures['loss']:.3f}  validation clean "
+                    f"{figures['val_clean']:.3f}, white-box {figures['val_white_box']:.3f}{'  *' if best else ''}"
+                )
+            if stopped:
                 break
-        bar.close()
+            leave = any(gather(bool(interrupted)))
+            if not RANK and (leave or time.perf_counter() - saved >= 60 * args.save_every):
+                save_state()
+                saved = time.perf_counter()
+            if leave:
+                raise KeyboardInterrupt
+    seconds = run.seconds() - progressed["began"]
     return {
         "n": len(training),
         "n_validation": len(validation),
-        "steps": step,
+        "steps": len(log),
         "stopped_by": stopped,
         "best_epoch": max(epochs, key=lambda figures: figures["val_white_box"])["epoch"],
         "epochs": epochs,
-        "training_seconds": run.seconds() - began,
-        "images_per_s": seen / (run.seconds() - began - validating),
+        "global_batch_size": batch_size,
+        "training_seconds": seconds,
+        "images_per_s": 2 * len(training) * len(log) / steps_per_epoch / (seconds - progressed["validating"]),
         "train_ids": training.coco_ids,
         "val_ids": validation.coco_ids,
         "skipped_images": training.skipped,
     }
 
 
+def write_checkpoints(folder, names, clip, args, figures, training, validation):
+    """The model as plain types that open_clip.create_model(name, pretrained=FILE) and weights_only=True open."""
+    checkpoint = {
+        "epoch": figures["epoch"],
+        "name": clip.arch,
+        "quick_gelu": bool(model_config(clip.arch).get("quick_gelu", False)),
+        "state_dict": {key: value.cpu() for key, value in clip.model.state_dict().items()},
+        "train_ids": sorted({*training.coco_ids, *clip.train_ids}),  # of the weights it started from, too
+        "val_ids": validation.coco_ids,
+        "args": {key: value for key, value in vars(args).items() if key not in NOT_IN_RESULT},
+    }
+    for name in names:
+        save_torch(folder / name, checkpoint)
+
+
+def generators():
+    """The state of torch's global generators; a tower with patch dropout draws from them."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def restore_generators(states):
+    torch.set_rng_state(states[0])
+    for device, state in enumerate(states[1:]):
+        torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def first_interrupt():
+    """Yields a list that the first Ctrl-C fills; a second one ends the process at once."""
+    asked = []
+
+    def ask(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        print("Ctrl-C: saving; once more leaves at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def validate(args, clip, validation):
     """Mean similarity on the validation images, clean and under white-box PGD against the present weights."""
     clip.model.visual.eval()
     text_features = clip.encode_text(validation.captions)
-    pixels_adv, _ = attack_all(clip.frozen(), validation, own_caption(text_features), args, what="validate")
-    clean = encode_all(clip.encode_image, validation.pixels, args.batch_size, clip.device)
-    attacked = encode_all(clip.encode_image, pixels_adv, args.batch_size, clip.device)
+    pixels_adv, _ = attack_all(own_caption(clip.frozen(), text_features), validation, args, what="validate")
+    clean, attacked = (encode_all(clip.encode_image, pixels, args) for pixels in (validation.pixels, pixels_adv))
     return {
         "val_clean": (clean * text_features).sum(-1).mean().item(),
         "val_white_box": (attacked * text_features).sum(-1).mean().item(),

@@ -13,6 +13,7 @@ Files written to --output_dir (default runs/<preset>/mat):
     metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
 """
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -29,18 +30,20 @@ def parse_args(argv=None):
     return common.parse_flags(parser, argv, stage="mat", images="train", batch="train")
 
 
-def augment(images, generator):
-    """Brightness and contrast, blur, then noise, each of random strength per image: (B, 3, H, W) in [0, 1]."""
+def augment(images, seeds):
+    """Brightness and contrast, blur, then noise, each of random strength: (B, 3, H, W) in [0, 1]; one seed an image."""
+    draws = [np.random.default_rng(seed) for seed in seeds]
 
     def uniform(low, high):
-        return (low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)).to(images.device)
+        strengths = torch.tensor([rng.uniform(low, high) for rng in draws], dtype=images.dtype)
+        return strengths.view(-1, 1, 1, 1).to(images.device)
 
     brightness, contrast = uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS), uniform(1 - CONTRAST, 1 + CONTRAST)
     images = images * brightness
     grey = images.mean((1, 2, 3), keepdim=True)
     images = gaussian_blur(grey + contrast * (images - grey), uniform(*BLUR_RADII))
-    noise = torch.randn(images.shape, generator=generator).to(images.device)
-    return (images + NOISE_SIGMA * noise).clamp(0, 1)
+    noise = np.stack([rng.standard_normal(images.shape[1:], np.float32) for rng in draws])
+    return (images + NOISE_SIGMA * torch.from_numpy(noise).to(images.device)).clamp(0, 1)
 
 
 def gaussian_blur(images, sigma):
@@ -60,11 +63,11 @@ def main(args):
     clip = common.load_clip(args)
 
     def make_twins(step, indices, images):
-        return augment(images, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+        return augment(images, [[args.seed, step, index] for index in indices])
 
     record = common.train(args, run, clip, training, validation, make_twins)
     run.finish(clip.device, **record)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.run_main(main, parse_args())

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Caption-aware adversarial training: fine-tune CLIP's visual tower on clean and adversarial images.
 
-Each batch holds every image and its adversarial twin; the loss is the mean of the clean and the adversarial loss: both
-contrastive as in TeCoA (Mao et al. 2023, arXiv:2212.07016), or the adversarial one as in FARE (Schlarmann et al. 2024,
-arXiv:2402.12336). The twins are
+Each batch holds every image and its adversarial twin; the loss is the mean of the clean and the adversarial loss, each
+contrastive as in TeCoA (Mao et al. 2023, arXiv:2212.07016), or the distance of FARE (Schlarmann et al. 2024,
+arXiv:2402.12336) to the original model's features. The twins are
 
     offline (the report's, the default): made once against the original model by generate_pgd_adversarial.py, which this
         script runs first if --adversarial_dir is not there. The model can learn them by heart: look at the white-box
@@ -38,11 +38,15 @@ def parse_args(argv=None):
         help="fare: squared L2 distance of the adversarial feature to the original model's clean one "
         "(default: contrastive offline, fare online)",
     )
+    group.add_argument(
+        "--clean_loss", choices=["contrastive", "fare"], help="of the clean half (default: that of --adversarial_loss)"
+    )
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--online_steps", default="0")
     online = chooser.parse_known_args(argv)[0].online_steps != "0"
     args = common.parse_flags(parser, argv, stage="online" if online else "pgd", images="train", batch="train")
     args.adversarial_loss = args.adversarial_loss or ("fare" if online else "contrastive")
+    args.clean_loss = args.clean_loss or args.adversarial_loss
     return args
 
 
@@ -55,8 +59,8 @@ def main(args):
     clip = common.load_clip(args)
     text_features = clip.encode_text(training.captions)
     targets = None
-    if args.adversarial_loss == "fare":  # Schlarmann et al. 2024 (arXiv:2402.12336, equation 3), on unit-norm features
-        targets = common.encode_all(clip.encode_image, training.pixels, args.batch_size, clip.device)
+    if "fare" in (args.clean_loss, args.adversarial_loss):  # Schlarmann et al. 2024, equation 3, on unit-norm features
+        targets = common.encode_all(clip.encode_image, training.pixels, args)
     # as in FARE and TeCoA few steps must be able to cross the ball, whatever --alpha
     alpha = max(args.alpha, 2 * args.eps / max(1, args.online_steps))
 
@@ -74,7 +78,7 @@ def main(args):
         own = text_features[indices]
 
         def loss_fn(x):
-            if targets is not None:
+            if args.adversarial_loss == "fare":
                 return distance(encode_image(x), indices)
             return -(encode_image(x) * own).sum(-1)
 
@@ -86,9 +90,10 @@ def main(args):
     def fare_loss(image_features, indices):
         return distance(image_features, indices).mean()
 
-    record = common.train(args, run, clip, training, validation, make_twins, fare_loss if targets is not None else None)
+    losses = [fare_loss if kind == "fare" else None for kind in (args.clean_loss, args.adversarial_loss)]
+    record = common.train(args, run, clip, training, validation, make_twins, *losses)
     run.finish(clip.device, adversarial_dir=folder and str(folder), **record)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.run_main(main, parse_args())

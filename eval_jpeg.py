@@ -41,13 +41,16 @@ def main(args):
         def through(encode_image, q=q):
             return lambda images: encode_image(jpeg(images, q))
 
-        loss_fn = own_caption(text_features)
-        adaptive, health[q] = attack_all(through(clip.frozen()), examples, loss_fn, args, what=f"JPEG {q}")
+        loss_at = own_caption(through(clip.frozen()), text_features)
+        if kept := run.kept(q):
+            adaptive, health[q] = kept["pixels"], kept["health"]
+        else:
+            adaptive, health[q] = attack_all(loss_at, examples, args, what=f"JPEG {q}")
+            if not common.RANK:
+                run.keep(q, {"pixels": adaptive, "health": health[q]})
         conditions = {"clean": examples.pixels, "transfer": transfer, "adaptive": adaptive}
         per_image = {
-            name: (encode_all(through(clip.encode_image), pixels, args.batch_size, clip.device) * text_features)
-            .sum(-1)
-            .tolist()
+            name: (encode_all(through(clip.encode_image), pixels, args) * text_features).sum(-1).tolist()
             for name, pixels in conditions.items()
         }
         mean = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}
@@ -65,4 +68,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.run_main(main, parse_args())

@@ -185,7 +185,7 @@ class Row:
     seconds: float | None = None  # training time
 
     def view(self, encode_image, seed, codec=jpeg):
-        """encode_image of the whole defence; its random draws start from seed."""
+        """encode_image of the whole defence; its random draws start from seed, an int or a list of them."""
         draws = np.random.default_rng(seed)
 
         def encode(images):
@@ -237,9 +237,9 @@ def refuse_leaked(clip, source, examples):
 
 def training_seconds(stages, stage):
     """Wall time of a training, the offline adversarial images included."""
-    seconds = common.read_json(stages / stage / "metrics.json")["training_seconds"]
+    seconds = common.read_record(stages / stage / "metrics.json").get("training_seconds", 0)
     if stage != "mat" and (stages / "adversarial_train" / "metrics.json").exists():
-        seconds += common.read_json(stages / "adversarial_train" / "metrics.json")["seconds"]
+        seconds += common.read_record(stages / "adversarial_train" / "metrics.json").get("seconds", 0)
     return seconds
 
 
@@ -302,6 +302,9 @@ def load_candidates(args, examples):
         _, table, rows = common.open_split(args, "eval")
         row_of = {coco_id: row for row, _, coco_id in rows}
         lists = table.select([row_of[coco_id] for coco_id in examples.coco_ids])["tgt_text"]
+        for coco_id, texts in zip(examples.coco_ids, lists):
+            if not all(isinstance(text, str) for text in texts):
+                fail(f"--eval_data {args.eval_data}: row {row_of[coco_id]}: tgt_text holds something that is no text")
         lists = [[text.strip() for text in texts] for texts in lists]
     if len({text for texts in lists for text in texts}) < 2:
         fail("retrieval needs at least two different captions: raise --num_images")
@@ -316,10 +319,8 @@ def score(row, pixels, candidates, args):
     """Every image against every caption: similarity, lead over the hardest other caption, ranks from 0; (N,) each."""
     clip = row.clip
     text_features = clip.encode_text(candidates.captions)
-    features = encode_all(row.view(clip.encode_image, args.seed), pixels, args.batch_size, clip.device)
+    features = encode_all(row.view(clip.encode_image, args.seed), pixels, args)
     cosines = (features @ text_features.T).cpu()  # (N, M)
-    if not cosines.isfinite().all():
-        fail(f"row {row.name}: features are not finite; their similarity means nothing")
     own = candidates.own[: len(cosines), None]
     similarity = cosines.gather(1, own)  # (N, 1)
     others = cosines.masked_fill(~candidates.allowed[: len(cosines)], -torch.inf).scatter(1, own, -torch.inf)
@@ -333,11 +334,12 @@ def score(row, pixels, candidates, args):
 
 
 def attack_loss(kind, row, candidates):
-    """cosine: the report's loss. margin: the lead of the hardest other caption over the own one."""
+    """cosine: the report's loss. margin: the lead of the hardest other caption over the own one.
+
+    returns   (encode_image, slice of the examples) -> loss_fn of their images for pgd()
+    """
     text_features = row.clip.encode_text(candidates.captions)
     own = candidates.own.to(text_features.device)
-    if kind == "cosine":
-        return common.own_caption(text_features[own])
     allowed = candidates.allowed.to(text_features.device)
 
     def margin(image_features, here):
@@ -345,26 +347,29 @@ def attack_loss(kind, row, candidates):
         others = cosines.masked_fill(~allowed[here], -torch.inf).scatter(1, own[here, None], -torch.inf)
         return others.amax(1) - cosines.gather(1, own[here, None])[:, 0]
 
-    return margin
+    if kind == "cosine":
+        return lambda encode_image, here: common.own_caption(encode_image, text_features[own])(here)
+    return lambda encode_image, here: lambda images: margin(encode_image(images), here)
 
 
-def attack_row(row, examples, candidates, args, method="pgd", loss="cosine", restart=0, codec=jpeg):
-    """One attack on one row: pixels_adv, its score and its health."""
-    once = row.view(row.clip.frozen(), args.seed + 1 + restart, codec)
+def attack_row(row, examples, candidates, args, method="pgd", loss="cosine", restart=0, codec=jpeg, run=None):
+    """One attack on one row: pixels_adv, its score and its health; what a killed run has kept is not attacked again."""
+    key = [row.name, row.clip.bf16, len(examples), args.eps, args.alpha, args.steps]
+    key += [method, loss, restart, codec.__name__]
+    kept = run and run.kept(key)
+    if kept:
+        return kept["pixels"], score(row, kept["pixels"], candidates, args), kept["health"]
+    encode, loss_of = row.clip.frozen(), attack_loss(loss, row, candidates)
     draws = args.eot if row.randomised else 1  # expectation over transformation, Athalye et al. 2018
 
-    def encode_image(images):
-        return torch.stack([once(images) for _ in range(draws)]).mean(0)
+    def loss_at(here):
+        once = row.view(encode, [args.seed, 1 + restart, here.start], codec)
+        return loss_of(lambda images: torch.stack([once(images) for _ in range(draws)]).mean(0), here)
 
-    pixels_adv, health = attack_all(
-        encode_image,
-        examples,
-        attack_loss(loss, row, candidates),
-        args,
-        seed=7919 * restart,
-        auto=method == "apgd",
-        what=f"{row.name}, {method}, {loss}",
-    )
+    options = {"seed": 7919 * restart, "auto": method == "apgd", "what": f"{row.name}, {method}, {loss}"}
+    pixels_adv, health = attack_all(loss_at, examples, args, **options)
+    if run and not common.RANK:
+        run.keep(key, {"pixels": pixels_adv, "health": health})
     return pixels_adv, score(row, pixels_adv, candidates, args), health
 
 
@@ -381,14 +386,14 @@ def attacks_on(row, args):
                     yield name, {"method": method, "loss": loss, "restart": restart, "codec": codec}
 
 
-def measure(row, examples, transfer, candidates, args):
+def measure(row, examples, transfer, candidates, args, run=None):
     """One row under every condition: {condition: {measure: (N,)}}, the worst images, {attack: mean}, health."""
     conditions = {"clean": score(row, examples.pixels, candidates, args)}
     conditions["transfer"] = score(row, transfer, candidates, args)
     worst, pixels_worst = dict(conditions["transfer"]), transfer.clone()
     means, healths = {}, []
     for name, options in attacks_on(row, args):
-        pixels_adv, scored, health = attack_row(row, examples, candidates, args, **options)
+        pixels_adv, scored, health = attack_row(row, examples, candidates, args, **options, run=run)
         means[name] = float(scored["similarity"].mean())
         healths.append(health)
         lower = scored["similarity"] < worst["similarity"]
@@ -451,7 +456,7 @@ def compare_rows(per_row, seed):
 # The sanity battery: what an attack's figure must survive before it is believed
 
 
-def sanity(row, examples, transfer, candidates, args, means):
+def sanity(row, examples, transfer, candidates, args, means, run=None):
     """Carlini et al. 2019, section 5, on one row: [(check, holds, figures)], its eps curve [(eps, similarity, R@1)].
 
     means   {attack: mean similarity} of the row's attacks in the table: the battery questions the strongest
@@ -459,23 +464,23 @@ def sanity(row, examples, transfer, candidates, args, means):
     strongest = min(means, key=means.get)
     options = dict(attacks_on(row, args))[strongest] | {"loss": "cosine"}
 
-    def run(restart=0, **budget):
+    def attacked(restart=0, **budget):
         changed = copy.copy(args)
         vars(changed).update(budget)
-        return attack_row(row, examples, candidates, changed, **options | {"restart": restart})
+        return attack_row(row, examples, candidates, changed, **options | {"restart": restart}, run=run)
 
     def mean(scored):
         return float(scored["similarity"].mean())
 
-    pixels_adv, base, health = run()
+    pixels_adv, base, health = attacked()
     figure, (low, high) = mean(base), interval(base["similarity"], args.seed)
     checks = []
 
-    more = mean(run(steps=5 * args.steps)[1])
+    more = mean(attacked(steps=5 * args.steps)[1])
     text = f"{args.steps} steps {figure:.3f}, {5 * args.steps} steps {more:.3f}, interval [{low:.3f}, {high:.3f}]"
     checks.append(("more steps move it less than its interval", low <= more <= high, text))
 
-    restarts = np.minimum.reduce([base["similarity"], *(run(restart)[1]["similarity"] for restart in (1, 2))]).mean()
+    restarts = np.minimum.reduce([scored["similarity"] for scored in (base, attacked(1)[1], attacked(2)[1])]).mean()
     text = f"1 start {figure:.3f}, worst of 3 {restarts:.3f}, interval [{low:.3f}, {high:.3f}]"
     checks.append(("more restarts move it less than its interval", low <= restarts <= high, text))
 
@@ -486,7 +491,7 @@ def sanity(row, examples, transfer, candidates, args, means):
         elif levels == round(args.eps * 255):
             scored = base
         else:  # as many steps, each as large a part of the radius
-            scored = run(eps=levels / 255, alpha=args.alpha * (levels / 255) / args.eps)[1]
+            scored = attacked(eps=levels / 255, alpha=args.alpha * (levels / 255) / args.eps)[1]
         curve.append((levels, mean(scored), float((scored["rank_i2t"] < 1).mean())))
     falls = all(b[1] <= a[1] + 0.02 for a, b in zip(curve, curve[1:]))
     text = "R@1 " + ", ".join(f"{recall:.2f} at {levels}" for levels, _, recall in curve)
@@ -515,7 +520,7 @@ def sanity(row, examples, transfer, candidates, args, means):
 
     if row.clip.bf16:
         row.clip.bf16 = False
-        exact = mean(run()[1])
+        exact = mean(attacked()[1])
         row.clip.bf16 = True
         text = f"bf16 {figure:.3f}, fp32 {exact:.3f}, interval [{low:.3f}, {high:.3f}]"
         checks.append(("an fp32 attack is no stronger", exact >= low, text))
@@ -733,7 +738,7 @@ def announce(rows, examples, candidates, args):
     work = sum(len(list(attacks_on(row, args))) * draws[row.name] for row in rows) * len(examples) * args.steps
     if args.sanity:  # 20 times the steps of one attack, see sanity(): 5 + 1 + 2 + one a radius
         work += sum(draws.values()) * args.sanity_images * args.steps * (8 + len(EPS_CURVE) - 2)
-    first, began = examples.part(0, args.batch_size), time.perf_counter()
+    first, began = examples.part(0, 50), time.perf_counter()
     once = copy.copy(args)
     once.steps = 2
     attack_row(rows[0], first, candidates, once)
@@ -748,6 +753,7 @@ def main(args):
     transfer_dir = common.adversarial_folder(args, "eval", args.num_images)
     trained = {name: folder for name, folder in TRAINED.items() if (stages / folder / "metrics.json").exists()}
     inputs = [transfer_dir, *(stages / folder for folder in trained.values())]
+    inputs += [Path(source) for _, source in args.checkpoint if not source.startswith(("local-dir:", "hf-hub:"))]
     run = common.Run(args, inputs, show=console_table)
     for name in TRAINED.keys() - trained.keys():
         print(f"no finished run in {stages / TRAINED[name]}: the row {name} is left out")
@@ -761,7 +767,7 @@ def main(args):
     record = {"n": len(examples), "rows": {}, "paired": [], "sanity": {}, "attacks": {}, "health": {}}
     per_row, original_worst = {}, None
     for row in rows:
-        per_row[row.name], worst, means, health = measure(row, examples, transfer, candidates, args)
+        per_row[row.name], worst, means, health = measure(row, examples, transfer, candidates, args, run)
         record["attacks"][row.name], record["health"][row.name] = means, health
         summary = summarise(per_row[row.name], args.seed) | {"training_seconds": row.seconds}
         record["rows"][row.name] = summary
@@ -774,7 +780,7 @@ def main(args):
                 summary[f"improvement_{kind}"] = improvement(*figures)
         if args.sanity:
             few = examples.part(0, args.sanity_images)
-            checks, curve = sanity(row, few, transfer[: len(few)], candidates, args, means)
+            checks, curve = sanity(row, few, transfer[: len(few)], candidates, args, means, run)
             record["sanity"][row.name] = {"checks": checks, "eps_curve": curve}
     record["paired"] = compare_rows(per_row, args.seed)
     record |= {"coco_ids": examples.coco_ids, "skipped_images": examples.skipped}
@@ -785,18 +791,18 @@ def main(args):
 
     run.begin()
     shown = {"args": vars(args)} | record
-    common.write_text(run.dir / "table.md", markdown_table(shown))
-    run.finish(rows[0].clip.device, **record)  # the numbers are safe before anything is drawn
-    figures = ["examples.png", "histogram.png", "table.png"]
-    draw_examples(run.dir / "examples.png", examples, original_worst, rows[0].clip)
-    draw_histograms(run.dir / "histogram.png", shown)
-    draw_table(run.dir / "table.png", shown)
-    if args.sanity:
+    figures = ["examples.png", "histogram.png", "table.png", *(["eps_curves.png"] if args.sanity else [])]
+    if not common.RANK:
+        common.write_text(run.dir / "table.md", markdown_table(shown))
+        draw_examples(run.dir / "examples.png", examples, original_worst, rows[0].clip)
+        draw_histograms(run.dir / "histogram.png", shown)
+        draw_table(run.dir / "table.png", shown)
+    if args.sanity and not common.RANK:
         draw_eps_curves(run.dir / "eps_curves.png", shown)
-        figures.append("eps_curves.png")
         print("\n" + "\n".join(sanity_lines(record)))
+    run.finish(rows[0].clip.device, **record)
     print(f"\n{console_table(shown)}\n\nin {run.dir}: table.md, metrics.json, {', '.join(figures)}")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.run_main(main, parse_args())

@@ -10,10 +10,12 @@ model, so these images measure *transfer* when they are shown to a defended one.
 
 Files written to --output_dir (default runs/<preset>/adversarial_<split>):
     images/*.png     8 bits, rounded inside the ball
-    metadata.jsonl   file_name, caption, coco_id, clean and adversarial similarity, linf in grey levels
+    metadata.jsonl   file_name, caption, coco_id, clean and adversarial similarity, linf in grey levels, sha256
     metrics.json     the sums, re-measured on the saved files
 """
 
+import hashlib
+import io
 import json
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +36,17 @@ def parse_args(argv=None):
 
 
 def write_png(path, pixels):
-    """Write uint8 (3, H, W) and return what the file holds. Level 1: level 6 saves 5 % for 30 % more time."""
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(path, compress_level=1)
-    with Image.open(path) as image:
-        return np.asarray(image).transpose(2, 0, 1)
+    """Write uint8 (3, H, W); returns what the file holds, and its sha256."""
+    image = Image.fromarray(pixels.transpose(1, 2, 0))
+    # level 6 saves 5 % for 30 % more time
+    common.replace_file(path, lambda temporary: image.save(temporary, "PNG", compress_level=1))
+    data = path.read_bytes()
+    with Image.open(io.BytesIO(data)) as saved:
+        return np.asarray(saved).transpose(2, 0, 1), hashlib.sha256(data).hexdigest()
+
+
+def unaltered(path, checksum):
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == checksum
 
 
 def main(args):
@@ -48,42 +57,54 @@ def main(args):
     folder = run.dir / "images"
     if folder.exists() and any(folder.iterdir()) and not (run.dir / ".run").exists():
         common.fail(f"{folder} holds files that this script did not make: give another --output_dir")
-    run.begin()
-    folder.mkdir(exist_ok=True)
-    for stale in folder.glob("*.png"):  # of a run with more images
-        stale.unlink()
-    text_features = clip.encode_text(examples.captions)
     # no COCO_val2014_ in the names: load_dataset would take val for a split and then miss metadata.jsonl
     files = [f"images/{coco_id:012d}.png" for coco_id in examples.coco_ids]
-    entries, healths = [], []
+    run.begin()
+    if not common.RANK:
+        folder.mkdir(exist_ok=True)
+        for stale in {*folder.iterdir()} - {run.dir / name for name in files}:  # of a run with more images
+            stale.unlink()
+    common.barrier()
+    text_features = clip.encode_text(examples.captions)
+    settled, parts = {}, []
 
-    def settle(start, written, attacked):
+    for start in range(len(files)):  # what a killed run of these flags has done
+        part = run.kept(start)
+        if part and all(unaltered(run.dir / e["file_name"], e["sha256"]) for e in part["entries"]):
+            settled[start] = start + len(part["entries"])
+            parts.append(part)
+
+    def settle(here, written, attacked):
         """Measure a batch on its saved files."""
-        saved = np.stack(list(written))
-        here = slice(start, start + len(saved))
-        own, clean = text_features[here], examples.pixels[here]
-        healths.append(attack_health(clean, saved, attacked))
-        cosines = [(encode_all(clip.encode_image, p, len(p), clip.device) * own).sum(-1) for p in (clean, saved)]
-        columns = files[here], examples.captions[here], examples.coco_ids[here]
-        for *row, clean_cosine, adv_cosine, linf in zip(*columns, *cosines, linf_grey_levels(clean, saved)):
-            keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf"
-            entries.append(dict(zip(keys, [*row, clean_cosine.item(), adv_cosine.item(), int(linf)])))
+        saved, checksums = zip(*written)
+        saved, own, clean = np.stack(saved), text_features[here], examples.pixels[here]
+        cosines = [(encode_all(clip.encode_image, p, args) * own).sum(-1).tolist() for p in (clean, saved)]
+        linf = linf_grey_levels(clean, saved).tolist()
+        columns = files[here], examples.captions[here], examples.coco_ids[here], *cosines, linf, checksums
+        keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf", "sha256"
+        part = {"entries": [dict(zip(keys, row)) for row in zip(*columns)]}
+        parts.append(part | {"health": attack_health(clean, saved, attacked)})
+        run.keep(here.start, parts[-1])
 
-    loss_fn = own_caption(text_features)
-    batches = attack_batches(clip.frozen(), examples, loss_fn, args, random_start=not args.no_random_start)
-    pending, began = deque(), run.seconds()
+    loss_at = own_caption(clip.frozen(), text_features)
+    batches = attack_batches(loss_at, examples, args, random_start=not args.no_random_start, settled=settled)
+    pending, began, before = deque(), run.seconds(), sum(len(part["entries"]) for part in parts)
     with ThreadPoolExecutor(args.num_workers) as pool:  # the next batch is attacked while this one is written
-        for start, pixels_adv, attacked in batches:
-            paths = [run.dir / name for name in files[start : start + len(pixels_adv)]]
-            pending.append((start, pool.map(write_png, paths, pixels_adv.numpy()), attacked))
+        for here, pixels_adv, attacked in batches:
+            paths = [run.dir / name for name in files[here]]
+            pending.append((here, pool.map(write_png, paths, pixels_adv.numpy()), attacked))
             if len(pending) > 1:
                 settle(*pending.popleft())
         while pending:
             settle(*pending.popleft())
-    finished, health = run.seconds(), common.sum_health(healths)
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    common.write_text(run.dir / "metadata.jsonl", lines)
+    parts = {part["entries"][0]["file_name"]: part for share in common.gather(parts) for part in share}
+    entry_of = {entry["file_name"]: entry for part in parts.values() for entry in part["entries"]}
+    entries, health = [entry_of[name] for name in files], common.sum_health([p["health"] for p in parts.values()])
+    finished = run.seconds()
     clean, adversarial = (np.array([e[f"{kind}_similarity"] for e in entries]) for kind in ("clean", "adversarial"))
+    if not common.RANK:
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        common.write_text(run.dir / "metadata.jsonl", lines)
     run.finish(
         clip.device,
         n=len(entries),
@@ -91,7 +112,7 @@ def main(args):
         adversarial_similarity=adversarial.mean(),
         share_lowered=(adversarial < clean).mean(),
         attack=health,
-        images_per_s=len(entries) / (finished - began),
+        images_per_s=(len(entries) - before) / (finished - began),
         skipped_images=examples.skipped,
     )
     print(
@@ -101,4 +122,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.run_main(main, parse_args())

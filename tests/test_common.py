@@ -164,13 +164,13 @@ class Payload:
 
 
 @pytest.mark.parametrize(
-    "content", [pickle.dumps({"state_dict": Payload()}), b"", b"<html>404</html>", b"PK\3\4" + bytes(50)]
+    ("content", "said"),
+    [(pickle.dumps({"state_dict": Payload()}), "holds code")]
+    + [(content, "no checkpoint of plain tensors") for content in (b"", b"<html>404</html>", b"PK\3\4" + bytes(50))],
 )
-def test_checkpoints_that_are_none_are_refused(content, tmp_path, capfd):
+def test_checkpoints_that_are_none_are_refused(content, said, tmp_path, capfd):
     (tmp_path / "bad.pt").write_bytes(content)
-    assert "no checkpoint of plain tensors" in refusal(
-        capfd, common.load_clip, flags(tmp_path, "--pretrained", tmp_path / "bad.pt")
-    )
+    assert said in refusal(capfd, common.load_clip, flags(tmp_path, "--pretrained", tmp_path / "bad.pt"))
 
 
 def test_clip_features_are_open_clips_and_captions_are_computed_once(tmp_path):
@@ -389,11 +389,11 @@ common.load_examples(args, "train", 12)
 
 def test_augmentations_have_the_strength_they_say_and_follow_the_seed():
     grey = torch.full((64, 3, 32, 32), 0.5)
-    out = mat.augment(grey, torch.Generator().manual_seed(0))
+    out = mat.augment(grey, range(64))
     assert out.std((1, 2, 3)).mean() == pytest.approx(15 / 255, rel=0.02)  # noise, after the blur
     means = out.mean((1, 2, 3))
     assert 0.39 < means.min() < 0.43 and 0.57 < means.max() < 0.61  # brightness 0.8 to 1.2
-    assert torch.equal(out, mat.augment(grey, torch.Generator().manual_seed(0)))
+    assert torch.equal(out, mat.augment(grey, range(64)))
     dot = torch.zeros(2, 3, 33, 33)
     dot[:, :, 16, 16] = 1
     blurred = mat.gaussian_blur(dot, torch.tensor([0.1, 2.0]).view(2, 1, 1, 1))

@@ -1,5 +1,6 @@
 """Every script through the shell on the tiny preset, in small; what it writes, and that other tools open it."""
 
+import hashlib
 import importlib
 import json
 import shutil
@@ -182,6 +183,10 @@ def test_an_altered_or_missing_adversarial_image_is_refused(report, tmp_path):
     shutil.rmtree(tmp_path / "jpeg")
     assert "made with --alpha" in shell(*command, "--alpha", "1/255", code=2)[1]
     Image.new("RGB", (64, 64), (255, 0, 255)).save(folder / first)
+    assert "was altered after it was made" in shell(*command, code=2)[1]
+    entries = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    entries[0]["sha256"] = hashlib.sha256((folder / first).read_bytes()).hexdigest()
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     assert "is not in the ball around" in shell(*command, code=2)[1]
     (folder / first).unlink()
     assert "No such file" in shell(*command, code=2)[1]

@@ -95,8 +95,9 @@ def test_the_worst_case_is_no_milder_than_any_attack(setup):
 def test_the_margin_loss_is_the_retrieval_failure_itself(setup):
     args, clip, examples, candidates, _ = setup
     row = evaluate.Row("original", clip)
-    features = common.encode_all(clip.encode_image, examples.pixels, IMAGES, clip.device)
-    loss = evaluate.attack_loss("margin", row, candidates)(features, slice(0, IMAGES))
+    images = common.as_images(np.asarray(examples.pixels), clip.device)
+    with torch.no_grad():
+        loss = evaluate.attack_loss("margin", row, candidates)(clip.encode_image, slice(0, IMAGES))(images)
     scored = evaluate.score(row, examples.pixels, candidates, args)
     np.testing.assert_allclose(-loss.numpy(), scored["margin"], atol=1e-5)
     assert ((loss.numpy() > 0) == (scored["rank_i2t"] > 0)).all()
