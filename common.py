@@ -1554,8 +1554,8 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
                 grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), args.grad_clip)
                 if not (loss.isfinite() and grad_norm.isfinite()):
                     names, last = ", ".join(training.names[i] for i in batch), run.dir / "last.pt"
-                    fail(f"step {step + 1} is not finite: loss {loss.item()}, gradient norm {grad_norm.item()}; images {names}; "
-                         f"last good checkpoint: {last if epochs else 'none yet'}")  # fmt: skip
+                    fail(f"step {step + 1} is not finite: loss {loss.item()}, gradient norm {grad_norm.item()}; "
+                         f"images {names}; last good checkpoint: {last if epochs else 'none yet'}")  # fmt: skip
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
                 optimizer.step()
