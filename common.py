@@ -194,6 +194,7 @@ def add_train_args(parser):
     )
     group.add_argument("--grad_checkpointing", action="store_true", help="less memory, a third more time")
     group.add_argument("--export", metavar="DIR", help="also write best.pt as an open_clip folder, with its tower")
+    group.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0 (constant)")
     group.add_argument("--warmup_steps", type=number(0), default=0, help="of linear warm-up (default: %(default)s)")
     group.add_argument(
         "--grad_clip", type=number(0, kind=float), default=1.0, help="largest gradient norm (default: %(default)s)"
@@ -1154,7 +1155,7 @@ def pgd(loss_fn, images, *, eps, alpha, steps, noise=None, auto=False):
     nonfinite = zero_grads.clone()
     size = images.new_full((len(images), 1, 1, 1), 2 * eps if auto else alpha)
     checks, last_check, previous = apgd_checkpoints(steps) if auto else (), 0, x
-    rises, last_loss, old_size, old_best = zero_grads.clone(), best_loss, size, best_loss
+    rises, last_loss, old_size, old_best = zero_grads.clone(), -best_loss, size, best_loss
     for step in range(steps + 1):  # the extra round only scores the last iterate
         x = x.detach().requires_grad_(step < steps)
         with torch.set_grad_enabled(step < steps):
@@ -1175,7 +1176,7 @@ def pgd(loss_fn, images, *, eps, alpha, steps, noise=None, auto=False):
         if step == steps:
             break
         if step in checks:
-            stalled = rises < 0.75 * (step - last_check)
+            stalled = rises <= 0.75 * (step - last_check)  # <= as in the authors' code; the paper has <
             stalled |= (size == old_size).flatten() & (best_loss == old_best)
             stalled = stalled[:, None, None, None]
             old_size, old_best, last_check, rises = size, best_loss, step, torch.zeros_like(rises)
@@ -1189,11 +1190,16 @@ def pgd(loss_fn, images, *, eps, alpha, steps, noise=None, auto=False):
 
 
 def apgd_checkpoints(steps):
-    """The steps at which APGD looks whether to halve: ceil(p_j steps), p_j+1 = p_j + max(p_j - p_j-1 - 0.03, 0.06)."""
-    shares = [0.0, 0.22]
-    while shares[-1] < 1:
-        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-    return {math.ceil(round(share * steps, 6)) for share in shares[1:]}
+    """The steps at which APGD looks whether to halve: after 22 % of them, then each time 3 % sooner, down to 6 %.
+
+    Rounded down as in the authors' code, which for 20 steps looks more often than the paper's formula, and is stronger.
+    """
+    wait, less, least = (max(1, steps * share // 100) for share in (22, 3, 6))
+    checks = [wait]
+    while checks[-1] < steps:
+        wait = max(wait - less, least)
+        checks.append(checks[-1] + wait)
+    return checks
 
 
 def start_noise(seed, indices, shape):
@@ -1558,6 +1564,8 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
                          f"images {names}; last good checkpoint: {last if epochs else 'none yet'}")  # fmt: skip
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
+                    if args.schedule == "cosine":
+                        group["lr"] *= (1 + math.cos(math.pi * step / last_step)) / 2
                 optimizer.step()
             entry = {"step": step + 1, "epoch": epoch + 1, "loss": loss.item(), "clean_loss": clean_loss.item()}
             log.append(entry | {"twin_loss": twin_loss.item(), "grad_norm": grad_norm.item(), "lr": group["lr"]})

@@ -703,7 +703,7 @@ def draw_table(path, record):
         at = np.arange(len(rows)) + 0.27 * (k - 1)
         axis.bar(at, means, 0.25, color=colour, label=label, yerr=[means - low, high - means], capsize=2)
     axis.axhline(0, color="black", linewidth=0.6)
-    axis.set_xticks(range(len(rows)), rows, fontsize=9)
+    axis.set_xticks(range(len(rows)), [textwrap.fill(name, 14) for name in rows], fontsize=9)
     axis.set_ylabel("mean cosine with the own caption")
     axis.legend(ncols=3, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     figure.tight_layout()
