@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from hub import serve_hub
+from safetensors.torch import load_file, save_file
 
 import common
 import defend_clip_mat_v2 as mat
@@ -369,6 +370,33 @@ print(json.dumps([int(train.pixels.sum()), evaluation.captions, int(evaluation.p
     assert hub.bytes_sent("MSCOCO_i2t.zip") >= (TINY / "MMEB-train" / "images_zip" / "MSCOCO_i2t.zip").stat().st_size
     again, _ = over_hub({}, tmp_path, code, HF_HUB_OFFLINE="1")  # nothing is asked of the hub a second time
     assert again.returncode == 0 and again.stdout == done.stdout, again.stderr
+
+
+def test_published_robust_models_are_rows_of_the_table(tmp_path):
+    """Repositories of the form of chs20/fare4-clip: a configuration and the weights of a whole model, here random."""
+    repos, weights = {}, {}
+    for name, file in (("fare4", "open_clip_model.safetensors"), ("tecoa4", "open_clip_pytorch_model.bin")):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(TINY / "clip" / "open_clip_config.json", folder)
+        state = load_file(TINY / "clip" / "open_clip_model.safetensors")
+        weights[name] = {key: torch.randn(value.shape) / 20 if value.ndim else value for key, value in state.items()}
+        (save_file if file.endswith("safetensors") else torch.save)(weights[name], folder / file)
+        repos[f"models/lab/{name}-clip"] = folder
+    words = ["--preset", "tiny", "--num_images", "4", "--steps", "1", "--qualities", "--num_workers", "1"]
+    words += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "evaluation")]
+    words += [w for name in weights for w in ("--checkpoint", f"{name}=hf-hub:lab/{name}-clip")]
+    done, hub = over_hub(repos, tmp_path, f"import evaluate; evaluate.main(evaluate.parse_args({words}))")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["per_image"]
+    args = evaluate.parse_args(words)
+    examples, clip = common.load_examples(args, "eval", 4), common.load_clip(args)
+    for name, state in weights.items():
+        clip.model.load_state_dict(state)
+        clip.text_cache.clear()
+        with torch.no_grad():
+            own = clip.encode_image(common.as_images(examples.pixels, "cpu")) * clip.encode_text(examples.captions)
+        np.testing.assert_allclose(rows[name]["clean"]["similarity"], own.sum(-1), atol=1e-5)
 
 
 def test_an_unreachable_hub_is_one_line_with_what_to_set(tmp_path):
