@@ -7,7 +7,7 @@
 
 A ratio is the peer's median time over ours; the samples are taken in turn, in one process. All attacks start from the
 same images; the cosines they end at are printed. Weights are random, and models and attacks are built before the clock
-starts. The peers run as torch is by default, ours as common.py sets it. With a GPU: what ViT-L/14 makes of it.
+starts. With a GPU: what ViT-L/14 makes of it.
 """
 
 import argparse
@@ -234,7 +234,7 @@ def out_of_time(*_):
     raise TimeoutError
 
 
-def race(contestants, args, precision):
+def race(contestants, args):
     """Each in turn, --repeats times: {name: seconds of each sample, or why there are none}, {name: last result}."""
     samples, results = {name: [] if run else NOT_INSTALLED for name, run in contestants.items()}, {}
     signal.signal(signal.SIGALRM, out_of_time)
@@ -242,7 +242,6 @@ def race(contestants, args, precision):
     for name in bar:
         bar.set_description(name)
         if isinstance(samples[name], list):
-            torch.set_float32_matmul_precision(precision if name.startswith("ours") else "highest")
             signal.setitimer(signal.ITIMER_REAL, args.row_limit)
             try:
                 began = time.perf_counter()
@@ -251,7 +250,6 @@ def race(contestants, args, precision):
             except TimeoutError:
                 samples[name] = f"stopped: one sample took more than {args.row_limit:g} s (--row_limit)"
             signal.setitimer(signal.ITIMER_REAL, 0)
-    torch.set_float32_matmul_precision(precision)
     return samples, results
 
 
@@ -282,7 +280,7 @@ def run_rows(args):
         if rows:
             torch.manual_seed(0)
             contestants, compare = build(list(dict.fromkeys(name for row in rows for name in row[1:3])), args)
-            samples, results = race(contestants, args, torch.get_float32_matmul_precision())
+            samples, results = race(contestants, args)
             yield [report(row, samples, results, compare) for row in rows]
 
 
