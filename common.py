@@ -312,16 +312,18 @@ class Run:
         _, weights = find_weights(args.model, args.pretrained)
         self.inputs = {str(path): fingerprint(path) for path in [*inputs, *([weights] if weights else [])]}
         done, self.partial = self.dir / "metrics.json", self.dir / ".partial"
+        marker = self.partial / "run.json"
         if not args.overwrite and exists(done):
             finished = read_record(done)
             self.must_equal(finished, "a finished run")  # by however many processes
+            if not RANK and exists(marker) and finished["started"] in marker.read_text(errors="replace"):
+                self.tidy()  # it was killed after its last file
             print(show(finished) + "\n" if show else "", end="")
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
             raise SystemExit(0)
         if not RANK:
             self.take_folder()
         barrier()
-        marker = self.partial / "run.json"
         unfinished = read_record(marker) if marker.exists() else None
         if unfinished and done.exists() and unfinished["started"] in done.read_text(errors="replace"):
             unfinished = None  # ended after its last file, before it was tidied up
@@ -414,9 +416,15 @@ class Run:
         }
         if not RANK:
             write_json(self.dir / "metrics.json", record | metrics)
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self.tidy()
             self.release()
         barrier()
+
+    def tidy(self):
+        """Remove what was kept, run.json last: it says whose the rest is."""
+        for file in self.partial.glob("*.pt"):
+            file.unlink()
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def exists(path):
