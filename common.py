@@ -374,6 +374,10 @@ class Run:
         if said := self.differences(record):
             fail(f"{self.dir} holds {what} with other flags or inputs ({said}): --overwrite replaces it")
 
+    def require_disk(self, need):
+        """End unless the folder's disk has that many bytes for it; what a killed run left there counts as had."""
+        require_disk(self.dir, need - sum(file.stat().st_size for file in self.dir.rglob("*") if file.is_file()))
+
     def keep(self, key, value):
         """Store a finished part of the work, tensors and plain values, so that a killed run goes on after it."""
         self.partial.mkdir(exist_ok=True)
@@ -756,6 +760,19 @@ def find_weights(name, pretrained):
         known = "" if has_schema else f" (its tags: {', '.join(open_clip.list_pretrained_tags_by_model(name))})"
         fail(f"--pretrained {pretrained!r} is neither a tag of {name} nor a file{known}; 'random' is untrained")
     return (pretrained, None) if tag else (None, Path(pretrained))
+
+
+def training_bytes(name):
+    """Disk that a model's training needs: best.pt, last.pt and a temporary; twice the weights and two moments."""
+    logging.disable(logging.WARNING)
+    try:
+        with torch.device("meta"):
+            model = open_clip.create_model(name, load_weights=False, device="meta")
+    except Exception:  # load_clip() will say what is wrong with it
+        return 0
+    finally:
+        logging.disable(logging.NOTSET)
+    return 9 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 def load_clip(args, source=None):
@@ -1496,8 +1513,6 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
     (seed, step, image): a state kept every --save_every minutes is enough to go on to the same files.
     """
     device, visual, batch_size = clip.device, clip.model.visual, args.batch_size * PROCESSES
-    state_bytes = sum(t.numel() * t.element_size() for t in clip.model.state_dict().values())
-    require_disk(run.dir, 9 * state_bytes)  # best.pt, last.pt and a temporary; twice the weights and two moments
     run.begin()
     clip.model.requires_grad_(False)
     visual.requires_grad_(True)

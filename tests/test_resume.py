@@ -4,18 +4,21 @@ Each run is a process of its own, forked from one that has done the imports, wit
 """
 
 import errno
+import importlib
 import json
 import multiprocessing
 import os
 import re
 import resource
 import runpy
+import shutil
 import signal
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -228,6 +231,33 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_when_there_is_room(ki
     if kind == "MAT":
         assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
     runs.assert_ends_like_undisturbed(kind, out)
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_too_little_disk_is_said_before_the_model_is_loaded(kind, runs, tmp_path, monkeypatch, capsys):
+    words = [str(word).format(shared=runs.folder) for word in WORDS[kind][1:]]
+    words += ["--preset", "tiny", "--num_images", "8", "--steps", "1", "--cache_dir", str(runs.folder / "cache")]
+    module = importlib.import_module(WORDS[kind][0].removesuffix(".py"))
+    monkeypatch.setattr(
+        module if hasattr(module, "load_clip") else common, "load_clip", lambda *_: pytest.fail("loaded")
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(SystemExit) as end:
+        module.main(module.parse_args([*words, "--output_dir", str(tmp_path / "out")]))
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "\n" not in said and "make room first" in said
+
+
+def test_what_a_killed_run_wrote_is_not_asked_of_the_disk_again(tmp_path, monkeypatch):
+    parser = common.make_parser("")
+    words = ["--preset", "tiny", "--output_dir", str(tmp_path)]
+    run = common.Run(common.parse_flags(parser, words, stage="x", images="train", batch="attack"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
+    with pytest.raises(SystemExit):
+        run.require_disk(1000)
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "state.pt").write_bytes(bytes(500))
+    run.require_disk(1000)
 
 
 def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(runs, tmp_path):
