@@ -458,6 +458,9 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
 
 
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
 def run_main(main, args):
     """main(args); what comes from outside, a full disk, a full memory, Ctrl-C, ends it with one line."""
     join_group()
@@ -470,7 +473,7 @@ def run_main(main, args):
         fail(f"the GPU's memory is too small for --batch_size {args.batch_size}: the same command with a smaller one, "
              "with --batch_size auto for attacks, --grad_checkpointing for training")  # fmt: skip
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_ROOM:
             raise
         fail(f"no room to write {error.filename or args.output_dir} ({error.strerror}): make room, then give the same "
              "command again; it goes on from what is saved")  # fmt: skip
@@ -979,8 +982,9 @@ def decode_all(reader, size, cache, args):
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:
         reader.open_archive()
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        with ThreadPoolExecutor(args.num_workers) as pool:
+        with open(temporary, "wb") as file, ThreadPoolExecutor(args.num_workers) as pool:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            end = file.tell() + math.prod(shape)
             decoded = zip(reader.paths, pool.map(decode, reader.paths))
             for path, (image, problem) in progress(decoded, "decode", len(reader.paths)):
                 if problem and not args.skip_bad_images:
@@ -989,14 +993,16 @@ def decode_all(reader, size, cache, args):
                 if problem:
                     broken[path] = problem
                 else:
-                    pixels[good] = image
+                    file.write(image.tobytes())
                     good += 1
+            file.truncate(end)
         if not good:
             fail(f"none of the {len(reader.paths)} images could be decoded; {path}: {problem}")
-        pixels.flush()
         os.replace(temporary, cache)
         write_json(cache.with_suffix(".json"), {"source": reader.fingerprint[0], "images": good, "broken": broken})
-    except Exception as error:  # the network and the disk raise too many classes to list
+    except Exception as error:  # the network raises too many classes to list
+        if getattr(error, "errno", None) in NO_ROOM:
+            raise
         fail(f"cannot read the images of {reader.source}: {describe(error)}")
     finally:
         temporary.unlink(missing_ok=True)

@@ -233,6 +233,16 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_when_there_is_room(ki
     runs.assert_ends_like_undisturbed(kind, out)
 
 
+def test_a_disk_that_fills_up_while_images_are_decoded_is_one_line_too(runs, tmp_path):
+    fresh = "--cache_dir", tmp_path / "cache"
+    fault = Fault("common.decode_image", 3, "large files fail")
+    code, _, lines = runs.run("generation", tmp_path / "out", fault, *fresh)
+    assert code == 2 and len(lines) == 1 and "no room to write" in lines[0], lines
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_file()]
+    assert runs.run("generation", tmp_path / "out", None, *fresh)[0] == 0
+    assert_equal(contents(tmp_path / "out"), runs.undisturbed("generation"))
+
+
 @pytest.mark.parametrize("kind", WORDS)
 def test_too_little_disk_is_said_before_the_model_is_loaded(kind, runs, tmp_path, monkeypatch, capsys):
     words = [str(word).format(shared=runs.folder) for word in WORDS[kind][1:]]
