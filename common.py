@@ -1346,16 +1346,19 @@ def linf_grey_levels(pixels, pixels_adv):
 
 
 @torch.no_grad()
-def encode_all(encode_image, pixels, args):
-    """Features of uint8 images (N, 3, H, W), --batch_size at a time: (N, D)."""
+def encode_all(encode_image, pixels, args, blame=lambda bad: "the model's weights are damaged"):
+    """Features of uint8 images (N, 3, H, W), --batch_size at a time: (N, D).
+
+    blame   what the last line says when features are not finite: (numbers of those images) -> text
+    """
     device = pick_device(args.device)
 
     def encode(here):
         return encode_image(as_images(pixels[here], device))
 
     features = torch.cat([features for _, features in in_batches(0, len(pixels), args, "encode", encode)])
-    if not features.isfinite().all():
-        fail("image features are not finite, and their similarity means nothing: the model's weights are damaged")
+    if bad := (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
+        fail(f"image features are not finite, and their similarity means nothing: {blame(bad)}")
     return features
 
 
@@ -1542,6 +1545,9 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
         optimizer.load_state_dict(progressed["optimizer"])
         restore_generators(progressed["generators"])
 
+    def where(names):
+        return f"images {', '.join(names)}; last good checkpoint: {run.dir / 'last.pt' if epochs else 'none yet'}"
+
     def save_state():
         tensors = {"visual": visual.state_dict(), "optimizer": optimizer.state_dict(), "generators": generators()}
         run.keep("state", progressed | tensors)
@@ -1582,9 +1588,8 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
                 loss.backward()
                 grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), args.grad_clip)
                 if not (loss.isfinite() and grad_norm.isfinite()):
-                    names, last = ", ".join(training.names[i] for i in batch), run.dir / "last.pt"
                     fail(f"step {step + 1} is not finite: loss {loss.item()}, gradient norm {grad_norm.item()}; "
-                         f"images {names}; last good checkpoint: {last if epochs else 'none yet'}")  # fmt: skip
+                         f"{where([training.names[i] for i in batch])}")  # fmt: skip
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
                 optimizer.step()
@@ -1601,7 +1606,7 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
             if stopped or position + 1 == steps_per_epoch:
                 figures = {"epoch": epoch + 1, "step": step + 1, "loss": float(np.mean(window))}
                 paused = run.seconds()
-                figures |= validate(args, clip, validation)  # ends the run if a feature is not finite
+                figures |= validate(args, clip, validation, lambda names, step=step: f"step {step + 1}; {where(names)}")
                 progressed["validating"] += run.seconds() - paused
                 best = figures["val_white_box"] > max((past["val_white_box"] for past in epochs), default=-math.inf)
                 epochs.append(figures)
@@ -1680,12 +1685,19 @@ def first_interrupt():
         signal.signal(signal.SIGINT, before)
 
 
-def validate(args, clip, validation):
-    """Mean similarity on the validation images, clean and under white-box PGD against the present weights."""
+def validate(args, clip, validation, where=", ".join):
+    """Mean similarity on the validation images, clean and under white-box PGD against the present weights.
+
+    where   names of images whose features are not finite -> what the last line says of them
+    """
+
+    def blame(bad):
+        return where([validation.names[i] for i in bad])
+
     clip.model.visual.eval()
     text_features = clip.encode_text(validation.captions)
     pixels_adv, _ = attack_all(own_caption(clip.frozen(), text_features), validation, args, what="validate")
-    clean, attacked = (encode_all(clip.encode_image, pixels, args) for pixels in (validation.pixels, pixels_adv))
+    clean, attacked = (encode_all(clip.encode_image, pixels, args, blame) for pixels in (validation.pixels, pixels_adv))
     return {
         "val_clean": (clean * text_features).sum(-1).mean().item(),
         "val_white_box": (attacked * text_features).sum(-1).mean().item(),

@@ -284,5 +284,20 @@ def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(ru
     assert_equal(contents(out), runs.undisturbed("generation"))
 
 
+def test_a_value_that_is_not_finite_stops_a_training_with_step_images_and_checkpoint(runs, tmp_path):
+    out = tmp_path / "out"
+    cases = [
+        (Fault("common.Clip.encode_image", 3, "not finite"), "features are not finite", 2, 2, "none yet"),  # validation
+        (Fault(STEP, 2, "not finite"), "gradient norm nan", 3, 4, f"{out}/last.pt"),
+    ]
+    for fault, problem, step, images, checkpoint in cases:
+        code, _, lines = runs.run("MAT", out, fault)
+        assert code == 2 and len(lines) == 1 and problem in lines[0] and f"step {step}" in lines[0], lines
+        assert len(set(re.findall(r"COCO_train2014_\d+\.jpg", lines[0]))) == images
+        assert lines[0].endswith(f"last good checkpoint: {checkpoint}")
+    assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
+    runs.assert_ends_like_undisturbed("MAT", out)
+
+
 def test_the_same_command_twice_gives_the_same_bytes(runs):
     assert_equal(contents(runs.folder / "adversarial_train"), runs.undisturbed("generation"))
