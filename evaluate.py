@@ -480,7 +480,8 @@ def sanity(row, examples, transfer, candidates, args, means, run=None):
     text = f"{args.steps} steps {figure:.3f}, {5 * args.steps} steps {more:.3f}, interval [{low:.3f}, {high:.3f}]"
     checks.append(("more steps move it less than its interval", low <= more <= high, text))
 
-    restarts = np.minimum.reduce([scored["similarity"] for scored in (base, attacked(1)[1], attacked(2)[1])]).mean()
+    restarts = np.minimum.reduce([scored["similarity"] for scored in (base, attacked(1)[1], attacked(2)[1])])
+    restarts = float(restarts.mean())
     text = f"1 start {figure:.3f}, worst of 3 {restarts:.3f}, interval [{low:.3f}, {high:.3f}]"
     checks.append(("more restarts move it less than its interval", low <= restarts <= high, text))
 
@@ -750,7 +751,7 @@ def kept_bytes(args, models, examples):
     """Disk for the attacked images of every row that are kept until the table is there, at most."""
     rows = models + len(args.checkpoint) + len(args.qualities) + len(args.defence)
     attacks = 2 * len(args.attack) * len(args.attack_loss) * args.restarts  # two codecs
-    images = attacks * len(examples) + ((5 + len(EPS_CURVE)) * args.sanity_images if args.sanity else 0)
+    images = attacks * len(examples) + ((7 + len(EPS_CURVE)) * args.sanity_images if args.sanity else 0)
     return 1.1 * rows * images * examples.pixels[0].nbytes
 
 

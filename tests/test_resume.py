@@ -36,7 +36,8 @@ WORDS = {  # of each kind of run, its script first
     "MAT": ["defend_clip_mat_v2.py", *TRAINING],
     "offline": ["defend_clip_pgd_v2.py", *TRAINING, *OFFLINE],
     "online": ["defend_clip_pgd_v2.py", *TRAINING, *OFFLINE, "--online_steps", 1],
-    "evaluation": ["evaluate.py", "--qualities", 50, "--adversarial_dir", "{shared}/adversarial_eval"],
+    "evaluation": ["evaluate.py", "--qualities", "--sanity", "--sanity_images", 2]  # no JPEG rows
+    + ["--adversarial_dir", "{shared}/adversarial_eval"],
     "JPEG": ["eval_jpeg.py", "--qualities", 50, 30, "--adversarial_dir", "{shared}/adversarial_eval"],
 }
 
