@@ -313,16 +313,18 @@ class Run:
         _, weights = find_weights(args.model, args.pretrained)
         self.inputs = {str(path): fingerprint(path) for path in [*inputs, *([weights] if weights else [])]}
         done, self.partial = self.dir / "metrics.json", self.dir / ".partial"
+        marker = self.partial / "run.json"
         if not args.overwrite and exists(done):
             finished = read_record(done)
             self.must_equal(finished, "a finished run")  # by however many processes
+            if not RANK and exists(marker) and finished["started"] in marker.read_text(errors="replace"):
+                self.tidy()  # it was killed after its last file
             print(show(finished) + "\n" if show else "", end="")
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
             raise SystemExit(0)
         if not RANK:
             self.take_folder()
         barrier()
-        marker = self.partial / "run.json"
         unfinished = read_record(marker) if marker.exists() else None
         if unfinished and done.exists() and unfinished["started"] in done.read_text(errors="replace"):
             unfinished = None  # ended after its last file, before it was tidied up
@@ -373,6 +375,10 @@ class Run:
         if said := self.differences(record):
             fail(f"{self.dir} holds {what} with other flags or inputs ({said}): --overwrite replaces it")
 
+    def require_disk(self, need):
+        """End unless the folder's disk has that many bytes for it; what a killed run left there counts as had."""
+        require_disk(self.dir, need - sum(file.stat().st_size for file in self.dir.rglob("*") if file.is_file()))
+
     def keep(self, key, value):
         """Store a finished part of the work, tensors and plain values, so that a killed run goes on after it."""
         self.partial.mkdir(exist_ok=True)
@@ -415,9 +421,15 @@ class Run:
         }
         if not RANK:
             write_json(self.dir / "metrics.json", record | metrics)
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self.tidy()
             self.release()
         barrier()
+
+    def tidy(self):
+        """Remove what was kept, run.json last: it says whose the rest is."""
+        for file in self.partial.glob("*.pt"):
+            file.unlink()
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def exists(path):
@@ -447,6 +459,9 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
 
 
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
 def run_main(main, args):
     """main(args); what comes from outside, a full disk, a full memory, Ctrl-C, ends it with one line."""
     join_group()
@@ -459,7 +474,7 @@ def run_main(main, args):
         fail(f"the GPU's memory is too small for --batch_size {args.batch_size}: the same command with a smaller one, "
              "with --batch_size auto for attacks, --grad_checkpointing for training")  # fmt: skip
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_ROOM:
             raise
         fail(f"no room to write {error.filename or args.output_dir} ({error.strerror}): make room, then give the same "
              "command again; it goes on from what is saved")  # fmt: skip
@@ -751,6 +766,19 @@ def find_weights(name, pretrained):
     return (pretrained, None) if tag else (None, Path(pretrained))
 
 
+def training_bytes(name):
+    """Disk that a model's training needs: best.pt, last.pt and a temporary; twice the weights and two moments."""
+    logging.disable(logging.WARNING)
+    try:
+        with torch.device("meta"):
+            model = open_clip.create_model(name, load_weights=False, device="meta")
+    except Exception:  # load_clip() will say what is wrong with it
+        return 0
+    finally:
+        logging.disable(logging.NOTSET)
+    return 9 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
 def load_clip(args, source=None):
     """The CLIP of --model and --pretrained; with source, another: local-dir:, hf-hub:, or a file of weights for it.
 
@@ -955,8 +983,9 @@ def decode_all(reader, size, cache, args):
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:
         reader.open_archive()
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        with ThreadPoolExecutor(args.num_workers) as pool:
+        with open(temporary, "wb") as file, ThreadPoolExecutor(args.num_workers) as pool:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            end = file.tell() + math.prod(shape)
             decoded = zip(reader.paths, pool.map(decode, reader.paths))
             for path, (image, problem) in progress(decoded, "decode", len(reader.paths)):
                 if problem and not args.skip_bad_images:
@@ -965,14 +994,16 @@ def decode_all(reader, size, cache, args):
                 if problem:
                     broken[path] = problem
                 else:
-                    pixels[good] = image
+                    file.write(image.tobytes())
                     good += 1
+            file.truncate(end)
         if not good:
             fail(f"none of the {len(reader.paths)} images could be decoded; {path}: {problem}")
-        pixels.flush()
         os.replace(temporary, cache)
         write_json(cache.with_suffix(".json"), {"source": reader.fingerprint[0], "images": good, "broken": broken})
-    except Exception as error:  # the network and the disk raise too many classes to list
+    except Exception as error:  # the network raises too many classes to list
+        if getattr(error, "errno", None) in NO_ROOM:
+            raise
         fail(f"cannot read the images of {reader.source}: {describe(error)}")
     finally:
         temporary.unlink(missing_ok=True)
@@ -1321,16 +1352,19 @@ def linf_grey_levels(pixels, pixels_adv):
 
 
 @torch.no_grad()
-def encode_all(encode_image, pixels, args):
-    """Features of uint8 images (N, 3, H, W), --batch_size at a time: (N, D)."""
+def encode_all(encode_image, pixels, args, blame=lambda bad: "the model's weights are damaged"):
+    """Features of uint8 images (N, 3, H, W), --batch_size at a time: (N, D).
+
+    blame   what the last line says when features are not finite: (numbers of those images) -> text
+    """
     device = pick_device(args.device)
 
     def encode(here):
         return encode_image(as_images(pixels[here], device))
 
     features = torch.cat([features for _, features in in_batches(0, len(pixels), args, "encode", encode)])
-    if not features.isfinite().all():
-        fail("image features are not finite, and their similarity means nothing: the model's weights are damaged")
+    if bad := (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
+        fail(f"image features are not finite, and their similarity means nothing: {blame(bad)}")
     return features
 
 
@@ -1494,8 +1528,6 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
     (seed, step, image): a state kept every --save_every minutes is enough to go on to the same files.
     """
     device, visual, batch_size = clip.device, clip.model.visual, args.batch_size * PROCESSES
-    state_bytes = sum(t.numel() * t.element_size() for t in clip.model.state_dict().values())
-    require_disk(run.dir, 9 * state_bytes)  # best.pt, last.pt and a temporary; twice the weights and two moments
     run.begin()
     clip.model.requires_grad_(False)
     visual.requires_grad_(True)
@@ -1518,6 +1550,9 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
         visual.load_state_dict(progressed["visual"])
         optimizer.load_state_dict(progressed["optimizer"])
         restore_generators(progressed["generators"])
+
+    def where(names):
+        return f"images {', '.join(names)}; last good checkpoint: {run.dir / 'last.pt' if epochs else 'none yet'}"
 
     def save_state():
         tensors = {"visual": visual.state_dict(), "optimizer": optimizer.state_dict(), "generators": generators()}
@@ -1559,9 +1594,8 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
                 loss.backward()
                 grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), args.grad_clip)
                 if not (loss.isfinite() and grad_norm.isfinite()):
-                    names, last = ", ".join(training.names[i] for i in batch), run.dir / "last.pt"
                     fail(f"step {step + 1} is not finite: loss {loss.item()}, gradient norm {grad_norm.item()}; "
-                         f"images {names}; last good checkpoint: {last if epochs else 'none yet'}")  # fmt: skip
+                         f"{where([training.names[i] for i in batch])}")  # fmt: skip
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
                     if args.schedule == "cosine":
@@ -1580,7 +1614,7 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
             if stopped or position + 1 == steps_per_epoch:
                 figures = {"epoch": epoch + 1, "step": step + 1, "loss": float(np.mean(window))}
                 paused = run.seconds()
-                figures |= validate(args, clip, validation)  # ends the run if a feature is not finite
+                figures |= validate(args, clip, validation, lambda names, step=step: f"step {step + 1}; {where(names)}")
                 progressed["validating"] += run.seconds() - paused
                 best = figures["val_white_box"] > max((past["val_white_box"] for past in epochs), default=-math.inf)
                 epochs.append(figures)
@@ -1659,12 +1693,19 @@ def first_interrupt():
         signal.signal(signal.SIGINT, before)
 
 
-def validate(args, clip, validation):
-    """Mean similarity on the validation images, clean and under white-box PGD against the present weights."""
+def validate(args, clip, validation, where=", ".join):
+    """Mean similarity on the validation images, clean and under white-box PGD against the present weights.
+
+    where   names of images whose features are not finite -> what the last line says of them
+    """
+
+    def blame(bad):
+        return where([validation.names[i] for i in bad])
+
     clip.model.visual.eval()
     text_features = clip.encode_text(validation.captions)
     pixels_adv, _ = attack_all(own_caption(clip.frozen(), text_features), validation, args, what="validate")
-    clean, attacked = (encode_all(clip.encode_image, pixels, args) for pixels in (validation.pixels, pixels_adv))
+    clean, attacked = (encode_all(clip.encode_image, pixels, args, blame) for pixels in (validation.pixels, pixels_adv))
     return {
         "val_clean": (clean * text_features).sum(-1).mean().item(),
         "val_white_box": (attacked * text_features).sum(-1).mean().item(),

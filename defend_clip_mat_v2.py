@@ -59,6 +59,7 @@ def gaussian_blur(images, sigma):
 
 def main(args):
     run = common.Run(args)
+    run.require_disk(common.training_bytes(args.model))
     training, validation = common.load_training_sets(args)
     clip = common.load_clip(args)
 

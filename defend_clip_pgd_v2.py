@@ -54,6 +54,7 @@ def main(args):
     offline = args.start == "offline" or not args.online_steps
     folder = common.adversarial_folder(args, "train", args.num_images) if offline else None
     run = common.Run(args, [folder] if folder else [])
+    run.require_disk(common.training_bytes(args.model))
     training, validation = common.load_training_sets(args)
     twins = common.load_adversarial(folder, training, args) if folder else None
     clip = common.load_clip(args)

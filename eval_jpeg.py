@@ -31,6 +31,7 @@ def main(args):
     folder = common.adversarial_folder(args, "eval", args.num_images)
     run = common.Run(args, [folder])
     examples = load_examples(args, "eval", args.num_images)
+    run.require_disk(1.1 * len(args.qualities) * examples.pixels.nbytes)
     clip = load_clip(args)
     transfer = common.load_adversarial(folder, examples, args)
     text_features = clip.encode_text(examples.captions)

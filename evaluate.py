@@ -488,7 +488,8 @@ def sanity(row, examples, transfer, candidates, args, means, run=None):
         text += f": not converged with {args.steps} steps, " + (f"but with {steps // 5}" if inside else "nor with more")
     checks.append(("more steps move it less than its interval", inside and steps == 5 * args.steps, text))
 
-    restarts = np.minimum.reduce([scored["similarity"] for scored in (base, attacked(1)[1], attacked(2)[1])]).mean()
+    restarts = np.minimum.reduce([scored["similarity"] for scored in (base, attacked(1)[1], attacked(2)[1])])
+    restarts = float(restarts.mean())
     text = f"1 start {figure:.3f}, worst of 3 {restarts:.3f}, interval [{low:.3f}, {high:.3f}]"
     checks.append(("more restarts move it less than its interval", low <= restarts <= high, text))
 
@@ -754,6 +755,14 @@ def announce(rows, examples, candidates, args):
     print(f"{len(rows)} rows, {work:,} image-steps of attack: about {duration(seconds)}", flush=True)
 
 
+def kept_bytes(args, models, examples):
+    """Disk for the attacked images of every row that are kept until the table is there, at most."""
+    rows = models + len(args.checkpoint) + len(args.qualities) + len(args.defence)
+    attacks = 2 * len(args.attack) * len(args.attack_loss) * args.restarts  # two codecs
+    images = attacks * len(examples) + ((7 + len(EPS_CURVE)) * args.sanity_images if args.sanity else 0)
+    return 1.1 * rows * images * examples.pixels[0].nbytes
+
+
 def main(args):
     if args.reproduce:
         reproduce(args)
@@ -767,6 +776,7 @@ def main(args):
         print(f"no finished run in {stages / TRAINED[name]}: the row {name} is left out")
 
     examples = load_examples(args, "eval", args.num_images)
+    run.require_disk(kept_bytes(args, 1 + len(trained), examples))
     transfer = torch.from_numpy(common.load_adversarial(transfer_dir, examples, args))
     candidates = load_candidates(args, examples)
     rows = build_rows(args, load_clip(args), stages, trained, examples)

@@ -52,8 +52,8 @@ def unaltered(path, checksum):
 def main(args):
     run = common.Run(args)
     examples = load_examples(args, args.split, args.num_images)
+    run.require_disk(1.1 * examples.pixels.nbytes)
     clip = load_clip(args)
-    common.require_disk(run.dir, 1.1 * examples.pixels.nbytes)
     folder = run.dir / "images"
     if folder.exists() and any(folder.iterdir()) and not (run.dir / ".run").exists():
         common.fail(f"{folder} holds files that this script did not make: give another --output_dir")

@@ -1,0 +1,304 @@
+"""Killed, interrupted, out of room: the same command goes on, and ends in the bytes of an undisturbed run.
+
+Each run is a process of its own, forked from one that has done the imports, with one fault at a known call.
+"""
+
+import errno
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import resource
+import runpy
+import shutil
+import signal
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from pkgutil import resolve_name
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+
+# of metrics.json: when, how long, how much memory; in argv stands --output_dir
+VARYING = {"started", "seconds", "training_seconds", "images_per_s", "peak_memory_bytes", "argv"}
+TRAINING = ["--batch_size", 4, "--val_images", 2, "--epochs", 2, "--num_negatives", 8, "--save_every", 0]  # 4 steps
+OFFLINE = ["--adversarial_dir", "{shared}/adversarial_train"]
+WORDS = {  # of each kind of run, its script first
+    "generation": ["generate_pgd_adversarial.py", "--batch_size", 2],  # 4 batches
+    "MAT": ["defend_clip_mat_v2.py", *TRAINING],
+    "offline": ["defend_clip_pgd_v2.py", *TRAINING, *OFFLINE],
+    "online": ["defend_clip_pgd_v2.py", *TRAINING, *OFFLINE, "--online_steps", 1],
+    "evaluation": ["evaluate.py", "--qualities", "--sanity", "--sanity_images", 2]  # no JPEG rows
+    + ["--adversarial_dir", "{shared}/adversarial_eval"],
+    "JPEG": ["eval_jpeg.py", "--qualities", 50, 30, "--adversarial_dir", "{shared}/adversarial_eval"],
+}
+
+
+class Fault(NamedTuple):
+    """What happens at a call of a function, counted from 1."""
+
+    at: str
+    call: int
+    does: str
+
+
+STEP = "torch.nn.utils.clip_grad_norm_"  # called once a training step
+WRITE = "os.fsync"  # a temporary file is written, and not yet renamed
+ALL_OF_IT = {"generation": ("common.pgd", 4), "MAT": (STEP, 4), "offline": (STEP, 4), "online": (STEP, 4)}
+ALL_OF_IT |= {"evaluation": ("common.Run.keep", 3)}  # a call that only a run from the start comes to
+
+
+def run_child(words, fault, stdout, stderr):
+    torch.set_num_threads(1)
+    if fault:
+        owner, _, name = fault.at.rpartition(".")
+        setattr(resolve_name(owner), name, faulty(getattr(resolve_name(owner), name), fault))
+    sys.argv = [str(ROOT / words[0]), *words[1:]]
+    with open(stdout, "w") as out, open(stderr, "w") as err, redirect_stdout(out), redirect_stderr(err):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def faulty(function, fault):
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(None)
+        if len(calls) != fault.call:
+            return function(*args, **kwargs)
+        if fault.does == "not finite":
+            return function(*args, **kwargs) * torch.nan
+        if fault.does == "disk full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if fault.does == "large files fail":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        else:
+            for name in fault.does.split():
+                os.kill(os.getpid(), getattr(signal, name))
+        return function(*args, **kwargs)
+
+    return call
+
+
+class Runs:
+    """Starts runs of 8 images in folders of their own."""
+
+    def __init__(self, folder):
+        self.folder, self.whole = folder, {}
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["test_resume", "evaluate", "scipy.io"])  # scipy for datasets
+
+    def start(self, kind, out, fault=None, *more):
+        """A process, its stdout and stderr files."""
+        words = ["--preset", "tiny", "--num_images", 8, "--steps", 1, "--cache_dir", self.folder / "cache"]
+        words = [*WORDS[kind], *words, "--output_dir", out, *more]
+        words = [str(word).format(shared=self.folder) for word in words]
+        texts = [f"{out}.stdout", f"{out}.stderr"]
+        process = self.context.Process(target=run_child, args=(words, fault, *texts))
+        process.start()
+        return process, *texts
+
+    def end(self, process, stdout, stderr):
+        """Exit code (minus the signal for a killed process), what it printed, its lines on stderr."""
+        process.join()
+        lines = [line for line in re.split("[\r\n]", Path(stderr).read_text()) if line.strip() and "%|" not in line]
+        return process.exitcode, Path(stdout).read_text(), lines
+
+    def run(self, *what):
+        return self.end(*self.start(*what))
+
+    def undisturbed(self, kind):
+        """contents() of a run that nothing happened to."""
+        if kind not in self.whole:
+            self.whole[kind] = self.start(kind, self.folder / f"whole_{kind}")
+        if isinstance(self.whole[kind], tuple):
+            code, _, lines = self.end(*self.whole[kind])
+            assert code == 0, lines
+            self.whole[kind] = contents(self.folder / f"whole_{kind}")
+        return self.whole[kind]
+
+    def assert_ends_like_undisturbed(self, kind, out):
+        code, printed, lines = self.run(kind, out, Fault(*ALL_OF_IT[kind], "SIGKILL"))
+        assert code == 0, lines or "did everything again"
+        assert "going on after its first" in printed
+        assert_equal(contents(out), self.undisturbed(kind))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    runs = Runs(tmp_path_factory.mktemp("resume"))
+    both = [
+        runs.start("generation", runs.folder / f"adversarial_{split}", None, "--split", split)
+        for split in ("train", "eval")
+    ]
+    assert [runs.end(*one)[0] for one in both] == [0, 0]
+    return runs
+
+
+def contents(folder):
+    """{path: bytes} of every file; metrics.json parsed, without what two equal runs may differ in."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    record = json.loads(files["metrics.json"])
+    record["args"] = {key: value for key, value in record["args"].items() if key not in common.NOT_IN_RESULT}
+    files["metrics.json"] = {key: value for key, value in record.items() if key not in VARYING}
+    return files
+
+
+def assert_equal(files, others):
+    assert files.keys() == others.keys()
+    assert not [name for name in files if files[name] != others[name]]
+
+
+KILLS = {  # one after the other in one folder
+    "generation": [
+        Fault("common.pgd", 3, "SIGKILL"),
+        Fault(WRITE, 5, "SIGKILL"),
+        Fault("common.Run.finish", 1, "SIGKILL"),
+    ],
+    "MAT": [Fault(WRITE, 4, "SIGKILL"), Fault("os.replace", 9, "SIGKILL")],
+    "offline": [Fault(STEP, 4, "SIGKILL")],
+    "online": [Fault("common.pgd", 6, "SIGKILL")],
+    "evaluation": [Fault("common.Run.keep", 2, "SIGKILL"), Fault("matplotlib.pyplot.close", 2, "SIGKILL")],
+}
+
+
+@pytest.mark.parametrize("kind", KILLS)
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(kind, runs, tmp_path):
+    runs.whole.setdefault(kind, runs.start(kind, runs.folder / f"whole_{kind}"))  # meanwhile
+    for fault in KILLS[kind]:
+        code, _, lines = runs.run(kind, tmp_path / "out", fault)
+        assert code == -signal.SIGKILL, (fault, lines)
+        assert not (tmp_path / "out" / "metrics.json").exists()
+    runs.assert_ends_like_undisturbed(kind, tmp_path / "out")
+
+
+def test_a_run_killed_after_its_last_file_is_complete_and_is_tidied_up(runs, tmp_path):
+    assert runs.run("generation", tmp_path / "out", Fault("common.Run.tidy", 1, "SIGKILL"))[0] == -signal.SIGKILL
+    assert (tmp_path / "out" / ".partial").exists()
+    code, printed, _ = runs.run("generation", tmp_path / "out")
+    assert code == 0 and "nothing to do" in printed
+    assert_equal(contents(tmp_path / "out"), runs.undisturbed("generation"))
+
+
+def test_ctrl_c_ends_a_generation_with_130_and_it_goes_on(runs, tmp_path):
+    code, _, lines = runs.run("generation", tmp_path / "out", Fault("common.pgd", 3, "SIGINT"))
+    assert code == 130 and lines == ["stopped: the same command goes on from what is saved"]
+    runs.assert_ends_like_undisturbed("generation", tmp_path / "out")
+
+
+def test_ctrl_c_saves_the_step_of_a_training_and_a_second_one_leaves_at_once(runs, tmp_path):
+    out, state = tmp_path / "out", tmp_path / "out" / ".partial" / f"{common.digest('state')}.pt"
+    code, _, lines = runs.run("MAT", out, Fault(STEP, 2, "SIGINT SIGINT"), "--save_every", 10)
+    assert code == -signal.SIGINT and not state.exists()
+    code, _, lines = runs.run("MAT", out, Fault(STEP, 3, "SIGINT"), "--save_every", 10)
+    said = ["Ctrl-C: saving; once more leaves at once", "stopped: the same command goes on from what is saved"]
+    assert code == 130 and lines == said
+    assert len(torch.load(state, weights_only=True)["log"]) == 3
+    runs.assert_ends_like_undisturbed("MAT", out)
+
+
+def test_other_flags_do_not_resume_and_are_named(runs, tmp_path):
+    out = tmp_path / "out"
+    assert runs.run("generation", out, Fault("common.pgd", 4, "SIGKILL"))[0] == -signal.SIGKILL
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, _, lines = runs.run("generation", out, None, "--seed", 1)
+    assert code == 2 and len(lines) == 1 and "(--seed 0 -> 1): --overwrite replaces it" in lines[0]
+    assert kept == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, printed, _ = runs.run("generation", out, None, "--seed", 1, "--overwrite")
+    assert code == 0 and "going on" not in printed
+    assert contents(out)["metadata.jsonl"] != runs.undisturbed("generation")["metadata.jsonl"]
+
+
+FULL = {  # one after the other in one folder; the last leaves a whole checkpoint of the first epoch
+    "generation": [Fault(WRITE, 4, "large files fail"), Fault(WRITE, 5, "disk full")],
+    "MAT": [Fault(STEP, 3, "large files fail"), Fault(STEP, 2, "large files fail")],  # the state; last.pt
+}
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_when_there_is_room(kind, runs, tmp_path):
+    out = tmp_path / "out"
+    for fault in FULL[kind]:
+        code, _, lines = runs.run(kind, out, fault)
+        assert code == 2 and len(lines) == 1 and "no room to write" in lines[0] and "same command" in lines[0], lines
+        assert not list(out.rglob("*.tmp"))
+    if kind == "MAT":
+        assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
+    runs.assert_ends_like_undisturbed(kind, out)
+
+
+def test_a_disk_that_fills_up_while_images_are_decoded_is_one_line_too(runs, tmp_path):
+    fresh = "--cache_dir", tmp_path / "cache"
+    fault = Fault("common.decode_image", 3, "large files fail")
+    code, _, lines = runs.run("generation", tmp_path / "out", fault, *fresh)
+    assert code == 2 and len(lines) == 1 and "no room to write" in lines[0], lines
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_file()]
+    assert runs.run("generation", tmp_path / "out", None, *fresh)[0] == 0
+    assert_equal(contents(tmp_path / "out"), runs.undisturbed("generation"))
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_too_little_disk_is_said_before_the_model_is_loaded(kind, runs, tmp_path, monkeypatch, capsys):
+    words = [str(word).format(shared=runs.folder) for word in WORDS[kind][1:]]
+    words += ["--preset", "tiny", "--num_images", "8", "--steps", "1", "--cache_dir", str(runs.folder / "cache")]
+    module = importlib.import_module(WORDS[kind][0].removesuffix(".py"))
+    monkeypatch.setattr(
+        module if hasattr(module, "load_clip") else common, "load_clip", lambda *_: pytest.fail("loaded")
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(SystemExit) as end:
+        module.main(module.parse_args([*words, "--output_dir", str(tmp_path / "out")]))
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "\n" not in said and "make room first" in said
+
+
+def test_what_a_killed_run_wrote_is_not_asked_of_the_disk_again(tmp_path, monkeypatch):
+    parser = common.make_parser("")
+    words = ["--preset", "tiny", "--output_dir", str(tmp_path)]
+    run = common.Run(common.parse_flags(parser, words, stage="x", images="train", batch="attack"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
+    with pytest.raises(SystemExit):
+        run.require_disk(1000)
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "state.pt").write_bytes(bytes(500))
+    run.require_disk(1000)
+
+
+def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(runs, tmp_path):
+    out = tmp_path / "out"
+    first = runs.start("generation", out, Fault("common.pgd", 2, "SIGSTOP"))
+    while not (out / ".run").exists():
+        assert first[0].is_alive()
+        time.sleep(0.01)
+    code, _, lines = runs.run("generation", out)
+    assert code == 2 and len(lines) == 1 and "another run is writing to" in lines[0], lines
+    first[0].kill()
+    first[0].join()
+    assert runs.run("generation", out)[0] == 0
+    assert_equal(contents(out), runs.undisturbed("generation"))
+
+
+def test_a_value_that_is_not_finite_stops_a_training_with_step_images_and_checkpoint(runs, tmp_path):
+    out = tmp_path / "out"
+    cases = [
+        (Fault("common.Clip.encode_image", 3, "not finite"), "features are not finite", 2, 2, "none yet"),  # validation
+        (Fault(STEP, 2, "not finite"), "gradient norm nan", 3, 4, f"{out}/last.pt"),
+    ]
+    for fault, problem, step, images, checkpoint in cases:
+        code, _, lines = runs.run("MAT", out, fault)
+        assert code == 2 and len(lines) == 1 and problem in lines[0] and f"step {step}" in lines[0], lines
+        assert len(set(re.findall(r"COCO_train2014_\d+\.jpg", lines[0]))) == images
+        assert lines[0].endswith(f"last good checkpoint: {checkpoint}")
+    assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
+    runs.assert_ends_like_undisturbed("MAT", out)
+
+
+def test_the_same_command_twice_gives_the_same_bytes(runs):
+    assert_equal(contents(runs.folder / "adversarial_train"), runs.undisturbed("generation"))
