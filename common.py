@@ -10,7 +10,6 @@ Words and units, the same everywhere:
 """
 
 import argparse
-import atexit
 import errno
 import fcntl
 import hashlib
@@ -30,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import weakref
 import zipfile
@@ -89,6 +89,8 @@ PRESETS = {  # defaults of every flag that depends on the size of the experiment
 
 def fail(message):
     """End with one line that says what is wrong, where, and what to do; exit code 2."""
+    if RANK:
+        time.sleep(10)  # what rank 0 finds, too, it says: torchrun ends this process meanwhile
     line = " ".join(str(message).split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
@@ -251,16 +253,31 @@ def parse_flags(parser, argv, *, stage, images, batch):
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+@contextmanager
 def join_group():
-    """Under torchrun, meet the other processes; the folders are shared by all."""
+    """Under torchrun, meet the other processes; the folders are shared by all. A failure ends all, without a hang."""
     if PROCESSES == 1 or distributed.is_initialized():
+        yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     warnings.filterwarnings("ignore", r"torch\.distributed\.nn", FutureWarning)  # open_clip's use of it
     distributed.init_process_group(backend, timeout=timedelta(days=1))  # decoding may keep rank 0 for hours
-    atexit.register(distributed.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        yield
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        time.sleep(10)  # if it comes of another's end: torchrun ends this process meanwhile
+        traceback.print_exc()
+        code = 1
+    if code:  # without leave of the others: NCCL's would wait for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    distributed.destroy_process_group()
 
 
 def barrier():
@@ -446,13 +463,14 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
 
 
+@join_group()
 def run_main(main, args):
     """main(args); what comes from outside, a full disk, a full memory, Ctrl-C, ends it with one line."""
-    join_group()
     try:
         main(args)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from what is saved", file=sys.stderr)
+        if not RANK:
+            print("stopped: the same command goes on from what is saved", file=sys.stderr)
         raise SystemExit(130)
     except torch.OutOfMemoryError:
         fail(f"the GPU's memory is too small for --batch_size {args.batch_size}: the same command with a smaller one, "
@@ -1590,6 +1608,7 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
                 save_state()
                 saved = time.perf_counter()
             if leave:
+                barrier()  # an end of rank 1 would have torchrun end rank 0 while it saves
                 raise KeyboardInterrupt
     seconds = run.seconds() - progressed["began"]
     return {
@@ -1642,7 +1661,8 @@ def first_interrupt():
     def ask(*_):
         asked.append(True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("Ctrl-C: saving; once more leaves at once", file=sys.stderr)
+        if not RANK:
+            print("Ctrl-C: saving; once more leaves at once", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, ask)
     try:
