@@ -342,6 +342,7 @@ class Run:
         unfinished = read_record(marker) if marker.exists() else None
         if unfinished and done.exists() and unfinished["started"] in done.read_text(errors="replace"):
             unfinished = None  # ended after its last file, before it was tidied up
+        barrier()  # all have read what rank 0 may remove now
         if unfinished and not args.overwrite:
             self.must_equal(unfinished, "an unfinished run")
         if unfinished and not self.differences(unfinished):
