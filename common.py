@@ -260,7 +260,6 @@ def join_group():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    warnings.filterwarnings("ignore", r"torch\.distributed\.nn", FutureWarning)  # open_clip's use of it
     distributed.init_process_group(backend, timeout=timedelta(days=1))  # decoding may keep rank 0 for hours
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -1559,17 +1558,15 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
                 images = as_images(training.pixels[mine], device)
                 twins = make_twins(step, mine, images)
                 features = wrapped(torch.cat([images, twins])).chunk(2)  # clean, twins: (B, D) each
-                if PROCESSES > 1:
-                    features = open_clip.loss.gather_features(
-                        *features, gather_with_grad=True, rank=RANK, world_size=PROCESSES
-                    )
+                if PROCESSES > 1:  # those of the others without gradient
+                    features = open_clip.loss.gather_features(*features, rank=RANK, world_size=PROCESSES)
                 clean_loss, twin_loss = (
                     loss_fn(x[: len(batch)], batch) if loss_fn else contrastive_loss(x[: len(batch)], *against)
                     for x, loss_fn in zip(features, (clean_loss_fn, twin_loss_fn))
                 )
                 loss = (clean_loss + twin_loss) / 2
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                (loss * PROCESSES).backward()  # each has its own images' part of the gradient; DDP takes the mean
                 grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), args.grad_clip)
                 if not (loss.isfinite() and grad_norm.isfinite()):
                     names, last = ", ".join(training.names[i] for i in batch), run.dir / "last.pt"
@@ -1583,7 +1580,7 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
             log_file.write(json.dumps(log[-1]) + "\n")
             bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
             bar.update()
-            window = [entry["loss"] for entry in log[-args.loss_window :]]
+            window = gather([entry["loss"] for entry in log[-args.loss_window :]])[0]  # all stop at the same step
             if args.loss_threshold and len(window) == args.loss_window and np.mean(window) < args.loss_threshold:
                 stopped = "loss_threshold"
             elif step + 1 == last_step:
