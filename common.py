@@ -723,7 +723,10 @@ def pick_device(name):
     try:
         if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name):
             raise RuntimeError("write cuda, cuda:1, mps, cpu or auto")
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what is meant by calls that name none
+        return device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} is not usable here: {describe(error)}")
 
@@ -1641,14 +1644,14 @@ def write_checkpoints(folder, names, clip, args, figures, training, validation):
 
 
 def generators():
-    """The state of torch's global generators; a tower with patch dropout draws from them."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    """The states of torch's global generators, the same in all processes; a tower with patch dropout draws from them."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
 def restore_generators(states):
     torch.set_rng_state(states[0])
-    for device, state in enumerate(states[1:]):
-        torch.cuda.set_rng_state(state, device)
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
 
 
 @contextmanager
