@@ -429,6 +429,8 @@ class Run:
             "seconds": round(self.seconds(), 3),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory(),
         }
+        if self.args.profile and blocks < 2:
+            say("--profile: there was no second batch to trace; --batch_size makes batches smaller")
         if not RANK:
             write_json(self.dir / "metrics.json", record | metrics)
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -1439,9 +1441,9 @@ def load_adversarial(folder, examples, args):
 # Profile
 
 KINDS = {  # words in the names of operators and kernels, the first kind that fits
-    "data": ("copy_", "_to_copy", "memcpy", "memset"),
+    "data": ("copy", "memset", "nccl", "gloo", "c10d", "comms"),
     "attention": ("attention", "flash", "fmha", "softmax"),
-    "products": ("mm", "gemm", "linear", "conv", "cutlass", "xmma"),
+    "products": ("gemm", "addmm", "bmm", "::mm", "linear", "conv", "cutlass", "xmma", "nvjet"),
 }
 blocks = 0  # that profiled() has seen
 
@@ -1450,12 +1452,14 @@ blocks = 0  # that profiled() has seen
 def profiled(args):
     """With --profile, trace the second such block of a script: trace.json, and where its time went in five lines."""
     global blocks
-    blocks += 1
+    blocks += args.profile
     if not args.profile or blocks != 2 or RANK:
         yield
         return
-    on_gpu, folder = torch.cuda.is_available(), Path(args.output_dir)
+    on_gpu, folder = pick_device(args.device).type == "cuda", Path(args.output_dir)
     with torch.profiler.profile() as trace:
+        if on_gpu:
+            torch.cuda.synchronize()
         began = time.perf_counter()
         yield
         if on_gpu:
@@ -1464,6 +1468,8 @@ def profiled(args):
     trace.export_chrome_trace(str(folder / "trace.json"))
     shares = dict.fromkeys([*KINDS, "elementwise"], 0.0)
     for event in trace.key_averages():
+        if (event.device_type == torch.autograd.DeviceType.CPU) == on_gpu or event.is_user_annotation:
+            continue  # an operator's device time is that of its kernels, which are events themselves
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         kinds = [kind for kind, words in KINDS.items() if any(word in event.key.lower() for word in words)]
         shares[kinds[0] if kinds else "elementwise"] += spent / 1e6 / seconds
