@@ -876,7 +876,7 @@ class Examples:
 def as_images(pixels, device):
     """uint8 (B, 3, H, W), numpy or tensor -> float32 in [0, 1] on the device."""
     pixels = torch.from_numpy(np.array(pixels)) if isinstance(pixels, np.ndarray) else pixels
-    return pixels.to(device).float() / 255
+    return pixels.to(device, non_blocking=True).float() / 255
 
 
 def open_split(args, split):
@@ -1234,9 +1234,9 @@ def grey_levels(eps):
 
 def to_pixels(images, pixels, eps):
     """Round images in [0, 1] to uint8 without leaving the ball around pixels: uint8 (B, 3, H, W) on the CPU."""
-    pixels = torch.tensor(np.asarray(pixels)).int()
-    delta = ((images.cpu() * 255).round().int() - pixels).clamp(-grey_levels(eps), grey_levels(eps))
-    return (pixels + delta).clamp(0, 255).byte()
+    pixels = torch.tensor(np.asarray(pixels), device=images.device).int()
+    delta = ((images * 255).round().int() - pixels).clamp(-grey_levels(eps), grey_levels(eps))
+    return (pixels + delta).clamp(0, 255).byte().cpu()
 
 
 def in_batches(first, last, args, what, work, settled=()):
@@ -1263,7 +1263,7 @@ def in_batches(first, last, args, what, work, settled=()):
                     raise
                 done = None
             if done is None:  # outside the handler, which keeps the failed batch alive
-                largest_batch = (here.stop - first) // 2
+                largest_batch = min(largest_batch, (here.stop - first) // 2)  # two threads may come here
                 torch.cuda.empty_cache()
                 continue
             yield here, done
@@ -1283,11 +1283,21 @@ def attack_batches(loss_at, examples, args, random_start=True, seed=0, auto=Fals
     yields    (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, Attacked)
     """
     device, budget = pick_device(args.device), {"eps": args.eps, "alpha": args.alpha, "steps": args.steps}
+    prepared = {}  # (first, last) of the next batch, made while the GPU works on this one
+
+    def prepare(*span):
+        tensors = [torch.from_numpy(np.array(examples.pixels[slice(*span)]))]
+        if random_start:
+            tensors.append(start_noise(args.seed + seed, range(*span), tensors[0].shape[1:]))
+        return [tensor.pin_memory() if device.type == "cuda" else tensor for tensor in tensors]
 
     def attack(here):
-        pixels, noise = examples.pixels[here], None
-        if random_start:
-            noise = start_noise(args.seed + seed, range(here.start, here.stop), pixels.shape[1:]).to(device)
+        span, following = (here.start, here.stop), (here.stop, min(2 * here.stop - here.start, last))
+        pixels, *noise = prepared.pop(span).result() if span in prepared else prepare(*span)
+        prepared.clear()
+        if here.stop < last:
+            prepared[following] = preparing.submit(prepare, *following)
+        noise = noise[0].to(device, non_blocking=True) if noise else None
         with profiled(args):
             attacked = pgd(loss_at(here), as_images(pixels, device), **budget, noise=noise, auto=auto)
         return to_pixels(attacked.images, pixels, args.eps), attacked
@@ -1295,8 +1305,9 @@ def attack_batches(loss_at, examples, args, random_start=True, seed=0, auto=Fals
     unit = 1 if args.batch_size == "auto" else args.batch_size
     share = unit * math.ceil(len(examples) / unit / PROCESSES)
     first, last = min(RANK * share, len(examples)), min((RANK + 1) * share, len(examples))
-    for here, (pixels_adv, attacked) in in_batches(first, last, args, what, attack, settled):
-        yield here, pixels_adv, attacked
+    with ThreadPoolExecutor(1) as preparing:
+        for here, (pixels_adv, attacked) in in_batches(first, last, args, what, attack, settled):
+            yield here, pixels_adv, attacked
 
 
 def own_caption(encode_image, text_features):
@@ -1650,7 +1661,7 @@ def write_checkpoints(folder, names, clip, args, figures, training, validation):
 
 
 def generators():
-    """The states of torch's global generators, the same in all processes; a tower with patch dropout draws from them."""
+    """The states of torch's global generators, equal in all processes; a tower with patch dropout draws from them."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
