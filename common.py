@@ -10,7 +10,6 @@ Words and units, the same everywhere:
 """
 
 import argparse
-import atexit
 import errno
 import fcntl
 import hashlib
@@ -30,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import weakref
 import zipfile
@@ -89,6 +89,8 @@ PRESETS = {  # defaults of every flag that depends on the size of the experiment
 
 def fail(message):
     """End with one line that says what is wrong, where, and what to do; exit code 2."""
+    if RANK:
+        time.sleep(10)  # what rank 0 finds, too, it says: torchrun ends this process meanwhile
     line = " ".join(str(message).split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
@@ -194,7 +196,6 @@ def add_train_args(parser):
     )
     group.add_argument("--grad_checkpointing", action="store_true", help="less memory, a third more time")
     group.add_argument("--export", metavar="DIR", help="also write best.pt as an open_clip folder, with its tower")
-    group.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0 (constant)")
     group.add_argument("--warmup_steps", type=number(0), default=0, help="of linear warm-up (default: %(default)s)")
     group.add_argument(
         "--grad_clip", type=number(0, kind=float), default=1.0, help="largest gradient norm (default: %(default)s)"
@@ -252,16 +253,30 @@ def parse_flags(parser, argv, *, stage, images, batch):
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+@contextmanager
 def join_group():
-    """Under torchrun, meet the other processes; the folders are shared by all."""
+    """Under torchrun, meet the other processes; the folders are shared by all. A failure ends all, without a hang."""
     if PROCESSES == 1 or distributed.is_initialized():
+        yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    warnings.filterwarnings("ignore", r"torch\.distributed\.nn", FutureWarning)  # open_clip's use of it
     distributed.init_process_group(backend, timeout=timedelta(days=1))  # decoding may keep rank 0 for hours
-    atexit.register(distributed.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        yield
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        time.sleep(10)  # if it comes of another's end: torchrun ends this process meanwhile
+        traceback.print_exc()
+        code = 1
+    if code:  # without leave of the others: NCCL's would wait for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    distributed.destroy_process_group()
 
 
 def barrier():
@@ -328,6 +343,7 @@ class Run:
         unfinished = read_record(marker) if marker.exists() else None
         if unfinished and done.exists() and unfinished["started"] in done.read_text(errors="replace"):
             unfinished = None  # ended after its last file, before it was tidied up
+        barrier()  # all have read what rank 0 may remove now
         if unfinished and not args.overwrite:
             self.must_equal(unfinished, "an unfinished run")
         if unfinished and not self.differences(unfinished):
@@ -419,6 +435,8 @@ class Run:
             "seconds": round(self.seconds(), 3),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory(),
         }
+        if self.args.profile and blocks < 2:
+            say("--profile: there was no second batch to trace; --batch_size makes batches smaller")
         if not RANK:
             write_json(self.dir / "metrics.json", record | metrics)
             self.tidy()
@@ -462,13 +480,14 @@ def digest(value):
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
+@join_group()
 def run_main(main, args):
     """main(args); what comes from outside, a full disk, a full memory, Ctrl-C, ends it with one line."""
-    join_group()
     try:
         main(args)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from what is saved", file=sys.stderr)
+        if not RANK:
+            print("stopped: the same command goes on from what is saved", file=sys.stderr)
         raise SystemExit(130)
     except torch.OutOfMemoryError:
         fail(f"the GPU's memory is too small for --batch_size {args.batch_size}: the same command with a smaller one, "
@@ -721,7 +740,10 @@ def pick_device(name):
     try:
         if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name):
             raise RuntimeError("write cuda, cuda:1, mps, cpu or auto")
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what is meant by calls that name none
+        return device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} is not usable here: {describe(error)}")
 
@@ -882,7 +904,7 @@ class Examples:
 def as_images(pixels, device):
     """uint8 (B, 3, H, W), numpy or tensor -> float32 in [0, 1] on the device."""
     pixels = torch.from_numpy(np.array(pixels)) if isinstance(pixels, np.ndarray) else pixels
-    return pixels.to(device).float() / 255
+    return pixels.to(device, non_blocking=True).float() / 255
 
 
 def open_split(args, split):
@@ -1248,9 +1270,9 @@ def grey_levels(eps):
 
 def to_pixels(images, pixels, eps):
     """Round images in [0, 1] to uint8 without leaving the ball around pixels: uint8 (B, 3, H, W) on the CPU."""
-    pixels = torch.tensor(np.asarray(pixels)).int()
-    delta = ((images.cpu() * 255).round().int() - pixels).clamp(-grey_levels(eps), grey_levels(eps))
-    return (pixels + delta).clamp(0, 255).byte()
+    pixels = torch.tensor(np.asarray(pixels), device=images.device).int()
+    delta = ((images * 255).round().int() - pixels).clamp(-grey_levels(eps), grey_levels(eps))
+    return (pixels + delta).clamp(0, 255).byte().cpu()
 
 
 def in_batches(first, last, args, what, work, settled=()):
@@ -1277,7 +1299,7 @@ def in_batches(first, last, args, what, work, settled=()):
                     raise
                 done = None
             if done is None:  # outside the handler, which keeps the failed batch alive
-                largest_batch = (here.stop - first) // 2
+                largest_batch = min(largest_batch, (here.stop - first) // 2)  # two threads may come here
                 torch.cuda.empty_cache()
                 continue
             yield here, done
@@ -1297,11 +1319,21 @@ def attack_batches(loss_at, examples, args, random_start=True, seed=0, auto=Fals
     yields    (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, Attacked)
     """
     device, budget = pick_device(args.device), {"eps": args.eps, "alpha": args.alpha, "steps": args.steps}
+    prepared = {}  # (first, last) of the next batch, made while the GPU works on this one
+
+    def prepare(*span):
+        tensors = [torch.from_numpy(np.array(examples.pixels[slice(*span)]))]
+        if random_start:
+            tensors.append(start_noise(args.seed + seed, range(*span), tensors[0].shape[1:]))
+        return [tensor.pin_memory() if device.type == "cuda" else tensor for tensor in tensors]
 
     def attack(here):
-        pixels, noise = examples.pixels[here], None
-        if random_start:
-            noise = start_noise(args.seed + seed, range(here.start, here.stop), pixels.shape[1:]).to(device)
+        span, following = (here.start, here.stop), (here.stop, min(2 * here.stop - here.start, last))
+        pixels, *noise = prepared.pop(span).result() if span in prepared else prepare(*span)
+        prepared.clear()
+        if here.stop < last:
+            prepared[following] = preparing.submit(prepare, *following)
+        noise = noise[0].to(device, non_blocking=True) if noise else None
         with profiled(args):
             attacked = pgd(loss_at(here), as_images(pixels, device), **budget, noise=noise, auto=auto)
         return to_pixels(attacked.images, pixels, args.eps), attacked
@@ -1309,8 +1341,9 @@ def attack_batches(loss_at, examples, args, random_start=True, seed=0, auto=Fals
     unit = 1 if args.batch_size == "auto" else args.batch_size
     share = unit * math.ceil(len(examples) / unit / PROCESSES)
     first, last = min(RANK * share, len(examples)), min((RANK + 1) * share, len(examples))
-    for here, (pixels_adv, attacked) in in_batches(first, last, args, what, attack, settled):
-        yield here, pixels_adv, attacked
+    with ThreadPoolExecutor(1) as preparing:
+        for here, (pixels_adv, attacked) in in_batches(first, last, args, what, attack, settled):
+            yield here, pixels_adv, attacked
 
 
 def own_caption(encode_image, text_features):
@@ -1458,9 +1491,9 @@ def load_adversarial(folder, examples, args):
 # Profile
 
 KINDS = {  # words in the names of operators and kernels, the first kind that fits
-    "data": ("copy_", "_to_copy", "memcpy", "memset"),
+    "data": ("copy", "memset", "nccl", "gloo", "c10d", "comms"),
     "attention": ("attention", "flash", "fmha", "softmax"),
-    "products": ("mm", "gemm", "linear", "conv", "cutlass", "xmma"),
+    "products": ("gemm", "addmm", "bmm", "::mm", "linear", "conv", "cutlass", "xmma", "nvjet"),
 }
 blocks = 0  # that profiled() has seen
 
@@ -1469,12 +1502,14 @@ blocks = 0  # that profiled() has seen
 def profiled(args):
     """With --profile, trace the second such block of a script: trace.json, and where its time went in five lines."""
     global blocks
-    blocks += 1
+    blocks += args.profile
     if not args.profile or blocks != 2 or RANK:
         yield
         return
-    on_gpu, folder = torch.cuda.is_available(), Path(args.output_dir)
+    on_gpu, folder = pick_device(args.device).type == "cuda", Path(args.output_dir)
     with torch.profiler.profile() as trace:
+        if on_gpu:
+            torch.cuda.synchronize()
         began = time.perf_counter()
         yield
         if on_gpu:
@@ -1483,6 +1518,8 @@ def profiled(args):
     trace.export_chrome_trace(str(folder / "trace.json"))
     shares = dict.fromkeys([*KINDS, "elementwise"], 0.0)
     for event in trace.key_averages():
+        if (event.device_type == torch.autograd.DeviceType.CPU) == on_gpu or event.is_user_annotation:
+            continue  # an operator's device time is that of its kernels, which are events themselves
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         kinds = [kind for kind, words in KINDS.items() if any(word in event.key.lower() for word in words)]
         shares[kinds[0] if kinds else "elementwise"] += spent / 1e6 / seconds
@@ -1581,32 +1618,28 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
                 images = as_images(training.pixels[mine], device)
                 twins = make_twins(step, mine, images)
                 features = wrapped(torch.cat([images, twins])).chunk(2)  # clean, twins: (B, D) each
-                if PROCESSES > 1:
-                    features = open_clip.loss.gather_features(
-                        *features, gather_with_grad=True, rank=RANK, world_size=PROCESSES
-                    )
+                if PROCESSES > 1:  # those of the others without gradient
+                    features = open_clip.loss.gather_features(*features, rank=RANK, world_size=PROCESSES)
                 clean_loss, twin_loss = (
                     loss_fn(x[: len(batch)], batch) if loss_fn else contrastive_loss(x[: len(batch)], *against)
                     for x, loss_fn in zip(features, (clean_loss_fn, twin_loss_fn))
                 )
                 loss = (clean_loss + twin_loss) / 2
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                (loss * PROCESSES).backward()  # each has its own images' part of the gradient; DDP takes the mean
                 grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), args.grad_clip)
                 if not (loss.isfinite() and grad_norm.isfinite()):
                     fail(f"step {step + 1} is not finite: loss {loss.item()}, gradient norm {grad_norm.item()}; "
                          f"{where([training.names[i] for i in batch])}")  # fmt: skip
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
-                    if args.schedule == "cosine":
-                        group["lr"] *= (1 + math.cos(math.pi * step / last_step)) / 2
                 optimizer.step()
             entry = {"step": step + 1, "epoch": epoch + 1, "loss": loss.item(), "clean_loss": clean_loss.item()}
             log.append(entry | {"twin_loss": twin_loss.item(), "grad_norm": grad_norm.item(), "lr": group["lr"]})
             log_file.write(json.dumps(log[-1]) + "\n")
             bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
             bar.update()
-            window = [entry["loss"] for entry in log[-args.loss_window :]]
+            window = gather([entry["loss"] for entry in log[-args.loss_window :]])[0]  # all stop at the same step
             if args.loss_threshold and len(window) == args.loss_window and np.mean(window) < args.loss_threshold:
                 stopped = "loss_threshold"
             elif step + 1 == last_step:
@@ -1632,6 +1665,7 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
                 save_state()
                 saved = time.perf_counter()
             if leave:
+                barrier()  # an end of rank 1 would have torchrun end rank 0 while it saves
                 raise KeyboardInterrupt
     seconds = run.seconds() - progressed["began"]
     return {
@@ -1666,14 +1700,14 @@ def write_checkpoints(folder, names, clip, args, figures, training, validation):
 
 
 def generators():
-    """The state of torch's global generators; a tower with patch dropout draws from them."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    """The states of torch's global generators, equal in all processes; a tower with patch dropout draws from them."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
 def restore_generators(states):
     torch.set_rng_state(states[0])
-    for device, state in enumerate(states[1:]):
-        torch.cuda.set_rng_state(state, device)
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
 
 
 @contextmanager
@@ -1684,7 +1718,8 @@ def first_interrupt():
     def ask(*_):
         asked.append(True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("Ctrl-C: saving; once more leaves at once", file=sys.stderr)
+        if not RANK:
+            print("Ctrl-C: saving; once more leaves at once", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, ask)
     try:

@@ -89,14 +89,16 @@ def main(args):
     loss_at = own_caption(clip.frozen(), text_features)
     batches = attack_batches(loss_at, examples, args, random_start=not args.no_random_start, settled=settled)
     pending, began, before = deque(), run.seconds(), sum(len(part["entries"]) for part in parts)
-    with ThreadPoolExecutor(args.num_workers) as pool:  # the next batch is attacked while this one is written
+    # the next batch is attacked while this one is written and measured
+    with ThreadPoolExecutor(args.num_workers) as pool, ThreadPoolExecutor(1) as measuring:
         for here, pixels_adv, attacked in batches:
             paths = [run.dir / name for name in files[here]]
-            pending.append((here, pool.map(write_png, paths, pixels_adv.numpy()), attacked))
-            if len(pending) > 1:
-                settle(*pending.popleft())
-        while pending:
-            settle(*pending.popleft())
+            written = pool.map(write_png, paths, pixels_adv.numpy())
+            pending.append(measuring.submit(settle, here, written, attacked))
+            if len(pending) > 2:
+                pending.popleft().result()
+        for measured in pending:
+            measured.result()
     parts = {part["entries"][0]["file_name"]: part for share in common.gather(parts) for part in share}
     entry_of = {entry["file_name"]: entry for part in parts.values() for entry in part["entries"]}
     entries, health = [entry_of[name] for name in files], common.sum_health([p["health"] for p in parts.values()])
