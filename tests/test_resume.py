@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import tracemalloc
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from pkgutil import resolve_name
@@ -26,6 +27,7 @@ import torch
 from conftest import ROOT
 
 import common
+import evaluate
 
 # of metrics.json: when, how long, how much memory; in argv stands --output_dir
 VARYING = {"started", "seconds", "training_seconds", "images_per_s", "peak_memory_bytes", "argv"}
@@ -302,3 +304,11 @@ def test_a_value_that_is_not_finite_stops_a_training_with_step_images_and_checkp
 
 def test_the_same_command_twice_gives_the_same_bytes(runs):
     assert_equal(contents(runs.folder / "adversarial_train"), runs.undisturbed("generation"))
+
+
+def test_a_bootstrap_interval_of_many_images_takes_little_memory():
+    tracemalloc.start()
+    evaluate.interval(range(3000), 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6  # all picks at once: 480 MB

@@ -1,0 +1,76 @@
+"""Does peak memory grow with the number of images? Generation and evaluation of 1000 against 200, tiny preset, CPU.
+
+    python tests/bench/memory.py     # exit code 1 if a peak grows by a tenth or more
+
+Each run is a process of its own, and the peak is that of its metrics.json. The embedded evaluation set is too small:
+its place takes one of the training images, made for the purpose.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "tests" / "tiny" / "MMEB-train"
+CARD = "---\nconfigs:\n- config_name: MSCOCO_i2t\n  data_files:\n  - split: test\n    path: MSCOCO_i2t/test-*\n---\n"
+LIMIT = 1.1
+
+
+def make_evaluation_set(folder):
+    """The training set in the evaluation set's layout, one row an image."""
+    (file,) = (TRAIN / "MSCOCO_i2t").glob("original-*")
+    rows = {row["qry_image_path"]: row["pos_text"] for row in pq.read_table(file).to_pylist()}
+    paths, captions = [path.replace("images/MSCOCO_i2t/Train", "MSCOCO_i2t") for path in rows], list(rows.values())
+    columns = {"qry_text": [""] * len(rows), "qry_img_path": paths, "tgt_img_path": [[]] * len(rows)}
+    columns["tgt_text"] = [[caption, captions[i - 1]] for i, caption in enumerate(captions)]
+    (folder / "MSCOCO_i2t").mkdir(parents=True)
+    (folder / "README.md").write_text(CARD)
+    types = {"tgt_img_path": pa.list_(pa.string()), "tgt_text": pa.list_(pa.string())}
+    arrays = {key: pa.array(values, types.get(key, pa.string())) for key, values in columns.items()}
+    pq.write_table(pa.table(arrays), folder / "MSCOCO_i2t" / "test-00000-of-00001.parquet")
+    shutil.copy(next(TRAIN.rglob("*.zip")), folder / "images.zip")
+
+
+def peak(script, out, *words):
+    """Peak memory of a run, bytes."""
+    words = [sys.executable, ROOT / script, "--preset", "tiny", "--device", "cpu", "--output_dir", out, *words]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    return json.loads((out / "metrics.json").read_text())["peak_memory_bytes"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", type=int, default=200, help="images (default: %(default)s)")
+    parser.add_argument("--large", type=int, default=1000, help="images, at most 1800 (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="of the attacks (default: %(default)s)")
+    args = parser.parse_args()
+    grew = False
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make_evaluation_set(folder / "MMEB-eval")
+        peaks = {"generation": [], "evaluation": []}
+        for count in (args.small, args.large):
+            words = ["--eval_data", folder / "MMEB-eval", "--num_images", count, "--steps", args.steps]
+            words += ["--cache_dir", folder / f"cache_{count}"]
+            made = folder / f"adversarial_{count}"
+            peaks["generation"].append(peak("generate_pgd_adversarial.py", made, "--split", "eval", *words))
+            words += ["--adversarial_dir", made, "--qualities", 50]
+            peaks["evaluation"].append(peak("evaluate.py", folder / f"evaluation_{count}", *words))
+    for name, (small, large) in peaks.items():
+        said = f"{args.small} images {small / 1e6:.0f} MB, {args.large} images {large / 1e6:.0f} MB"
+        print(f"{name}: {said}, ratio {large / small:.3f} (under {LIMIT})")
+        grew |= large / small >= LIMIT
+    return grew
+
+
+if __name__ == "__main__":
+    sys.exit(main())
