@@ -9,7 +9,7 @@ arXiv:2402.12336) to the original model's features. The twins are
         script runs first if --adversarial_dir is not there. The model can learn them by heart: look at the white-box
         figures, not at the transfer ones;
     online (--online_steps K): made during training against the present weights by K steps of PGD (Madry et al. 2018),
-        starting from the offline ones, or from noise with --start noise.
+        starting from the offline ones, or from noise with --online_start noise.
 
     python defend_clip_pgd_v2.py --batch_size 16 --lr 1e-5 --epochs 3 --loss_threshold 0.1
     python defend_clip_pgd_v2.py --preset tiny --online_steps 5
@@ -31,7 +31,15 @@ def parse_args(argv=None):
     group = parser.add_argument_group("adversarial images (this script only)")
     group.add_argument("--adversarial_dir", help="of --split train (default: adversarial_train beside --output_dir)")
     group.add_argument("--online_steps", type=common.number(0), default=0, help="PGD steps a batch; 0: offline (0)")
-    group.add_argument("--start", choices=["offline", "noise"], default="offline", help="of the online steps (offline)")
+    # torchrun takes --start for its own --start_method
+    group.add_argument(
+        "--online_start",
+        "--start",
+        dest="start",
+        choices=["offline", "noise"],
+        default="offline",
+        help="of the online steps (offline)",
+    )
     group.add_argument(
         "--adversarial_loss",
         choices=["contrastive", "fare"],

@@ -1,5 +1,6 @@
 """The scripts under torchrun, two processes on the CPU, beside one process; --batch_size auto; --profile."""
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, shell
 from matplotlib.figure import Figure
+from torch.distributed.run import get_args_parser
 
 import common
 
@@ -168,6 +170,19 @@ def test_the_other_processes_let_rank_0_speak_first(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         common.fail("the disk of this process is full")
     assert end.value.code == 2 and waits == [(10, "")] and "is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["generate_pgd_adversarial", "defend_clip_mat_v2", "defend_clip_pgd_v2", "evaluate"])
+def test_torchrun_passes_every_flag_on(script, monkeypatch):
+    """It fails on what could begin two names of its own flags, even after the script's name."""
+    seen = []
+    monkeypatch.setattr(common.Parser, "parse_args", lambda self, *_: seen.append(self) or sys.exit())
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args([])
+    for action in seen[0]._actions[1:]:
+        value = [] if action.nargs == 0 else ["1"]
+        given = get_args_parser().parse_args(["script.py", action.option_strings[0], *value])
+        assert given.training_script_args == [action.option_strings[0], *value]
 
 
 class Gpu(str):
