@@ -151,7 +151,7 @@ def reproduce(args):
         return folder, words + (["--output_dir", str(folder)] if "output_dir" in given else [])
 
     shared = "model pretrained precision device train_data eval_data image_root sample_seed skip_bad_images"
-    shared += " num_workers cache_dir eps alpha steps seed overwrite"
+    shared += " num_workers cache_dir eps alpha steps seed deterministic overwrite"
     attack, training = f"{shared} batch_size", f"{shared} val_images"
     sizes = {"num_images": args.num_train_images} if "num_train_images" in given else {}
 
