@@ -12,6 +12,7 @@ Words and units, the same everywhere:
 import argparse
 import errno
 import fcntl
+import filecmp
 import hashlib
 import io
 import json
@@ -28,8 +29,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+import types
 import warnings
 import weakref
 import zipfile
@@ -48,6 +51,7 @@ import open_clip
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
+from open_clip.push_to_hf_hub import save_for_hf
 from PIL import Image
 from torch import distributed
 from torch.nn import functional as F
@@ -142,7 +146,12 @@ def make_parser(doc):
     group.add_argument("--overwrite", action="store_true", help="replace a finished run in --output_dir")
     group.add_argument("--seed", type=number(0, 2**31), default=0, help="of all random numbers (default: %(default)s)")
     group.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the first there is (auto)")
-    group.add_argument("--deterministic", action="store_true", help="the same bits twice on a GPU, too, but slower")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bytes twice on a GPU, too, as on a CPU without it: torch's deterministic kernels, which are "
+        "slower, and an error where it has none",
+    )
     group.add_argument("--profile", action="store_true", help="trace the second batch: trace.json and a summary")
 
     group = parser.add_argument_group("model")
@@ -195,7 +204,11 @@ def add_train_args(parser):
         "--save_every", type=number(-1e-9, kind=float), default=10, help="minutes between states (default: %(default)s)"
     )
     group.add_argument("--grad_checkpointing", action="store_true", help="less memory, a third more time")
-    group.add_argument("--export", metavar="DIR", help="also write best.pt as an open_clip folder, with its tower")
+    group.add_argument(
+        "--export",
+        metavar="DIR",
+        help="also write best.pt as an open_clip folder and image_tower.pt2; of a finished run, too (default: none)",
+    )
     group.add_argument("--warmup_steps", type=number(0), default=0, help="of linear warm-up (default: %(default)s)")
     group.add_argument(
         "--grad_clip", type=number(0, kind=float), default=1.0, help="largest gradient norm (default: %(default)s)"
@@ -244,6 +257,8 @@ def parse_flags(parser, argv, *, stage, images, batch):
         parser.error("--output_dir is empty")
     if batch == "train" and args.batch_size == "auto":
         parser.error("--batch_size auto is for attacks: the batch of a training is part of its loss")
+    if args.deterministic and args.batch_size == "auto":
+        parser.error("--batch_size auto follows the free memory: with --deterministic give a number")
     return args
 
 
@@ -324,6 +339,9 @@ class Run:
     def __init__(self, args, inputs=(), show=None):
         self.args, self.dir, self.before, self.clock = args, Path(args.output_dir), 0.0, time.perf_counter()
         self.started = datetime.now(timezone.utc).isoformat()
+        if args.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts, which reads it
+            torch.use_deterministic_algorithms(True)
         device = pick_device(args.device)
         _, weights = find_weights(args.model, args.pretrained)
         self.inputs = {str(path): fingerprint(path) for path in [*inputs, *([weights] if weights else [])]}
@@ -353,9 +371,6 @@ class Run:
             shutil.rmtree(self.partial)
         barrier()
         self.found = {path.name for path in self.partial.glob("*.pt")}
-        if args.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
         reset_peak_memory(device)
 
     def take_folder(self):
@@ -820,12 +835,22 @@ def load_clip(args, source=None):
         fail(f"cannot load {name} {pretrained}: {describe(error)}")
     finally:
         logging.disable(logging.NOTSET)
-    train_ids = load_checkpoint(model, name, file) if file else set()
+    train_ids = exported_ids(name)
+    train_ids |= load_checkpoint(model, name, file) if file else set()
     train_ids |= load_checkpoint(model, name, over, tower_alone=True) if over else set()
     sizes = [image_size(n) for n in (name, args.model)]
     if sizes[0] != sizes[1]:
         fail(f"{name} takes images of {sizes[0]} pixels and --model {args.model} of {sizes[1]}: one table, one size")
     return Clip(model, tokenizer, name, pick_device(args.device), args.precision, train_ids)
+
+
+def exported_ids(name):
+    """The COCO ids that the model of an --export folder was trained on."""
+    config = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+    ids = read_json(config).get("train_ids", []) if name.startswith("local-dir:") else []
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        fail(f"{config}: train_ids is not a list of COCO ids")
+    return set(ids)
 
 
 def load_checkpoint(model, name, file, tower_alone=False):
@@ -1432,7 +1457,7 @@ def adversarial_folder(args, split, count):
         for name in same.split():
             if getattr(args, name) is not None:
                 words += [f"--{name}", str(getattr(args, name))]
-        words += ["--skip_bad_images"] if args.skip_bad_images else []
+        words += [f"--{name}" for name in ("skip_bad_images", "deterministic") if getattr(args, name)]
         print(f"{folder} is not there yet and is made first:")
         run_script([*words, "--output_dir", str(folder)])
     return folder
@@ -1697,6 +1722,74 @@ def write_checkpoints(folder, names, clip, args, figures, training, validation):
     }
     for name in names:
         save_torch(folder / name, checkpoint)
+
+
+class ImageTower(torch.nn.Module):
+    """open_clip's own image tower from pixels to features: (B, 3, S, S) float32 in [0, 1] -> (B, D), unit norm."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.visual, self.mean, self.std = clip.model.visual, clip.mean, clip.std
+
+    def forward(self, images):
+        features = self.visual((images - self.mean) / self.std)
+        return F.normalize(features[0] if isinstance(features, tuple) else features, dim=-1)
+
+
+def check_export(args):
+    """End unless --export DIR can be written when the training ends: to be called before anything takes hours."""
+    if args.export is None or RANK:
+        return
+    folder, home = Path(args.export).resolve(), Path(args.output_dir).resolve()
+    try:
+        held = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=folder.parent).cleanup()
+    except OSError as error:
+        fail(f"cannot write to --export {args.export}: {error.strerror}")
+    if home.is_relative_to(folder) or folder.is_mount() or (held and "image_tower.pt2" not in held):
+        fail(f"--export {args.export} is not a folder of its own: give one that is new or empty")
+    if held and not args.overwrite and not exists(home / "metrics.json"):
+        fail(f"--export {args.export} holds an export already: give another folder, or --overwrite")
+
+
+def export(args):
+    """Write best.pt of the finished run to --export DIR, whole or not at all; returns a line that says so.
+
+    DIR holds open_clip_config.json and open_clip_model.safetensors, opened as local-dir:DIR, and image_tower.pt2, for
+    torch.export.load and torch.onnx: float32 (B, 3, S, S) in [0, 1] to unit-norm features, for any B.
+    """
+    if RANK:
+        return ""
+    folder, checkpoint_file = Path(args.export).resolve(), Path(args.output_dir) / "best.pt"
+    on_cpu = argparse.Namespace(**vars(args) | {"device": "cpu", "precision": "fp32"})
+    clip = load_clip(on_cpu, str(checkpoint_file))
+    require_disk(folder.parent, 2 * checkpoint_file.stat().st_size)
+    no_files = types.SimpleNamespace(save_pretrained=lambda _: None)  # of open_clip's own tokenizer
+    tokenizer = clip.tokenizer if hasattr(clip.tokenizer, "save_pretrained") else no_files
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        config, weights = new / "open_clip_config.json", new / "open_clip_model.safetensors"
+        save_for_hf(clip.model, tokenizer, model_config(clip.arch), new, safe_serialization=True)
+        write_json(config, read_json(config) | {"train_ids": sorted(clip.train_ids)})  # so that leakage is seen
+        weights.chmod(config.stat().st_mode)  # safetensors writes for the owner alone
+        images = torch.zeros(2, 3, *[image_size(clip.arch)] * 2)
+        try:
+            batches = {"images": {0: torch.export.Dim("batch")}}
+            with torch.no_grad():
+                tower = torch.export.export(ImageTower(clip).eval(), (images,), dynamic_shapes=batches)
+            torch.export.save(tower, new / "image_tower.pt2")
+        except Exception as error:  # a tower that torch cannot trace raises anything
+            fail(f"--export: torch.export cannot take the image tower of {clip.arch}: {describe(error)}")
+        if folder.exists():
+            if {path.name for path in folder.iterdir()} - {path.name for path in new.iterdir()}:
+                fail(f"--export {args.export} holds other files: give a new folder; {args.output_dir} is complete")
+            before = folder / weights.name
+            if before.exists() and not args.overwrite and not filecmp.cmp(before, weights, shallow=False):
+                fail(f"--export {args.export} holds the export of another training: delete it, or give a new folder")
+            folder.rename(old)
+        new.rename(folder)
+    return f"{args.export}: best.pt for open_clip, as local-dir:{args.export}, and for torch.export.load"
 
 
 def generators():

@@ -11,6 +11,8 @@ Files written to --output_dir (default runs/<preset>/mat):
     best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens
     log.jsonl          one line per step
     metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
+--export DIR, of a finished run, too: best.pt as the model local-dir:DIR of open_clip, and DIR/image_tower.pt2 for
+torch.export.load and torch.onnx, float32 (B, 3, S, S) in [0, 1] to unit-norm features.
 """
 
 import numpy as np
@@ -58,7 +60,8 @@ def gaussian_blur(images, sigma):
 
 
 def main(args):
-    run = common.Run(args)
+    common.check_export(args)
+    run = common.Run(args, show=args.export and (lambda _: common.export(args)))
     run.require_disk(common.training_bytes(args.model))
     training, validation = common.load_training_sets(args)
     clip = common.load_clip(args)
@@ -68,6 +71,8 @@ def main(args):
 
     record = common.train(args, run, clip, training, validation, make_twins)
     run.finish(clip.device, **record)
+    if args.export:
+        print(common.export(args))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ Files written to --output_dir (default runs/<preset>/pgd, with --online_steps ru
     best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens
     log.jsonl          one line per step
     metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
+--export DIR, of a finished run, too: best.pt as the model local-dir:DIR of open_clip, and DIR/image_tower.pt2 for
+torch.export.load and torch.onnx, float32 (B, 3, S, S) in [0, 1] to unit-norm features.
 """
 
 import argparse
@@ -59,9 +61,10 @@ def parse_args(argv=None):
 
 
 def main(args):
+    common.check_export(args)
     offline = args.start == "offline" or not args.online_steps
     folder = common.adversarial_folder(args, "train", args.num_images) if offline else None
-    run = common.Run(args, [folder] if folder else [])
+    run = common.Run(args, [folder] if folder else [], show=args.export and (lambda _: common.export(args)))
     run.require_disk(common.training_bytes(args.model))
     training, validation = common.load_training_sets(args)
     twins = common.load_adversarial(folder, training, args) if folder else None
@@ -102,6 +105,8 @@ def main(args):
     losses = [fare_loss if kind == "fare" else None for kind in (args.clean_loss, args.adversarial_loss)]
     record = common.train(args, run, clip, training, validation, make_twins, *losses)
     run.finish(clip.device, adversarial_dir=folder and str(folder), **record)
+    if args.export:
+        print(common.export(args))
 
 
 if __name__ == "__main__":

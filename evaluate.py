@@ -12,7 +12,8 @@ white-box   the worst, image by image, of the transferred image and of every att
             and through a differentiable codec; every score on the real JPEG bytes
 
 --reproduce first runs each missing stage as the command that a user would type. --sanity runs the battery of Carlini et
-al. 2019 (arXiv:1902.06705) on every row and marks those that fail.
+al. 2019 (arXiv:1902.06705) on every row and marks those that fail. --rerun FILE prints the commands that made a
+metrics.json.
 
 Files written to --output_dir (default runs/<preset>/evaluation); the stages' folders stand beside it:
     table.md, metrics.json (per image, too), examples.png, histogram.png, table.png, with --sanity eps_curves.png
@@ -21,7 +22,13 @@ Files written to --output_dir (default runs/<preset>/evaluation); the stages' fo
 import argparse
 import copy
 import io
+import json
 import math
+import os
+import re
+import runpy
+import shlex
+import sys
 import textwrap
 import time
 from dataclasses import dataclass
@@ -37,6 +44,7 @@ import common
 from common import as_images, attack_all, encode_all, fail, jpeg, load_clip, load_examples, number
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # captions and names are not formulas
 from matplotlib import pyplot as plt  # noqa: E402
 
 REPORT = {  # Adversarial Robustness Evaluation for CLIP Models, on CLIP ViT-L/14 and MMEB COCO: clean, transfer
@@ -124,6 +132,12 @@ def parse_args(argv=None):
     group.add_argument("--sanity_images", type=number(2), default=24, help="images in it (default: %(default)s)")
     group = parser.add_argument_group("reproduction")
     group.add_argument("--reproduce", action="store_true", help="run every missing stage first")
+    group.add_argument(
+        "--rerun",
+        metavar="METRICS",
+        help="print the commands that make the run of this metrics.json again, of any script, those of its inputs "
+        "first; with --output_dir into that folder and beside it. Nothing is run (none)",
+    )
     group.add_argument("--num_train_images", type=number(1), help="images trained on (default: %(default)s)")
     group.add_argument("--train_batch_size", type=number(1), help="of the trainings (default: %(default)s)")
     group.add_argument("--val_images", type=number(1), help="of the trainings (default: %(default)s)")
@@ -151,7 +165,7 @@ def reproduce(args):
         return folder, words + (["--output_dir", str(folder)] if "output_dir" in given else [])
 
     shared = "model pretrained precision device train_data eval_data image_root sample_seed skip_bad_images"
-    shared += " num_workers cache_dir eps alpha steps seed overwrite"
+    shared += " num_workers cache_dir eps alpha steps seed deterministic overwrite"
     attack, training = f"{shared} batch_size", f"{shared} val_images"
     sizes = {"num_images": args.num_train_images} if "num_train_images" in given else {}
 
@@ -171,6 +185,109 @@ def reproduce(args):
     for folder, words in stages:
         if folder.name != "online" or args.online_steps:
             common.run_script(words)
+
+
+SCRIPTS = ["generate_pgd_adversarial.py", "defend_clip_mat_v2.py", "defend_clip_pgd_v2.py", "eval_jpeg.py"]
+SCRIPTS += ["evaluate.py"]
+NOT_AGAIN = {"overwrite", "reproduce", "rerun", "num_workers", "profile", "export"}  # what a rerun is without
+CHOOSING = ["preset", "split", "model", "online_steps"]  # flags on which the defaults of others depend
+
+
+def rerun(file, output_dir):
+    """Print the commands that make the run of a metrics.json again, its inputs' first, as lines for a shell.
+
+    output_dir   where to make it: runs that stood beside it are made beside that again, others in a folder there;
+                 None: where they were made
+    """
+    try:
+        runs = list(runs_behind(Path(file).resolve(), set()))
+        main_run, moved = runs[-1][0], {}
+        for folder, _, _ in runs if output_dir else []:
+            parent = Path(output_dir).parent / ("" if folder.parent == main_run.parent else folder.parent.name)
+            moved[folder] = Path(output_dir) if folder == main_run else parent / folder.name
+        lines = [command_of(*run, moved) for run in runs]
+        commits = {record["commit"] for _, record, _ in runs} - {common.git_commit()}
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
+        fail(f"--rerun {file}: it, or the metrics.json of an input, is damaged or not of these scripts")
+    if len(set(moved.values())) < len(moved):
+        fail(f"--rerun {file}: two of its inputs have one name, and would be one folder: leave --output_dir out")
+    if not all(line.isprintable() for line in lines):
+        fail(f"--rerun {file}: a flag in it holds characters that cannot be printed")
+    if commits:
+        note(f"made at commit {', '.join(map(str, commits))}, and this is {common.git_commit()}")
+    if any(root != Path.cwd() for _, _, root in runs):
+        note(f"its relative paths are those of {runs[-1][2]}")
+    print("\n".join(lines))
+
+
+def note(text):
+    print(f"note: {text}", file=sys.stderr)
+
+
+def runs_behind(file, seen):
+    """Yield every run whose files this one read, then itself: its folder, its metrics.json, where it was started."""
+    if file in seen:
+        return
+    seen.add(file)
+    record, folder = common.read_record(file), file.parent
+    written, root = Path(os.path.normpath(record["args"]["output_dir"])), Path.cwd()
+    if not written.is_absolute() and folder.parts[-len(written.parts) :] == written.parts:
+        root = folder.parents[len(written.parts) - 1]
+    for path, made in record["inputs"].items():
+        place = (root / path).resolve()
+        source = (place.parent if place.name in ("best.pt", "last.pt") else place) / "metrics.json"
+        if not place.exists():
+            fail(f"--rerun {file}: its input {path} is not there")
+        if made != common.fingerprint(place):
+            note(f"{path} has changed since")
+        if source.exists():
+            yield from runs_behind(source, seen)
+        else:
+            note(f"{path} was not made by these scripts")
+    yield folder, record, root
+
+
+def command_of(folder, record, root, moved):
+    """A run's command with all flags that differ from their defaults; moved: {folder of a run: where to make it}."""
+    script = Path(record["argv"][0]).name
+    if script not in SCRIPTS:
+        fail(f"--rerun {folder / 'metrics.json'}: {script} is none of {', '.join(SCRIPTS)}")
+    parse = parse_args if script == "evaluate.py" else runpy.run_path(str(common.ROOT / script))["parse_args"]
+
+    def now(path):
+        place = (root / path).resolve()
+        news = [str(new / place.relative_to(old)) for old, new in moved.items() if place.is_relative_to(old)]
+        return news[0] if news else path
+
+    args = {key: value for key, value in record["args"].items() if key not in NOT_AGAIN}
+    args["output_dir"] = str(moved.get(folder, args["output_dir"]))
+    args |= {key: now(args[key]) for key in ("adversarial_dir", "pretrained") if args.get(key)}
+    rows = [f"--checkpoint={name}={now(source)}" for name, source in args.pop("checkpoint", [])]
+
+    def differs(key):
+        value, default = args[key], json.loads(json.dumps(vars(parse(words)).get(key, "no such flag")))
+        _, inside_this, path = str(default).partition(f"{common.ROOT}/")
+        other_checkouts = bool(inside_this) and str(value).endswith(f"/{path}")
+        return value != default and not other_checkouts
+
+    words = []
+    for key in [*CHOOSING, *args]:
+        if key not in args or not differs(key):
+            continue
+        value = args[key]
+        if isinstance(value, bool):
+            words += [f"--{key}" if value else f"--no-{key}"]
+        elif key == "defence":
+            words += [f"--{key}={row}" for row in value]
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            levels = round(value * 255) if isinstance(value, float) else 0
+            words += [f"--{key}", f"{levels}/255" if levels and levels / 255 == value else str(value)]
+    for key in filter(differs, args):
+        fail(f"--rerun {folder / 'metrics.json'}: this {script} cannot be given --{key} {args[key]}")
+    start = ["python"] if record["processes"] == 1 else ["torchrun", "--nproc_per_node", str(int(record["processes"]))]
+    return shlex.join([*start, os.path.relpath(common.ROOT / script), *words, *rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,8 +701,8 @@ def report_gain(name):
     return None if name == "original" else improvement(*REPORT[name], *REPORT["original"])
 
 
-def not_separated(record):
-    pairs = ["{} ~ {}".format(*pair["rows"]) for pair in record["paired"] if not pair["separated"]]
+def not_separated(record, shown=str):
+    pairs = [" ~ ".join(map(shown, pair["rows"])) for pair in record["paired"] if not pair["separated"]]
     return "not separated in white-box similarity (95 % paired): " + ("; ".join(pairs) or "none, every pair differs")
 
 
@@ -618,6 +735,11 @@ included.
 """
 
 
+def markdown(text):
+    """A text as it stands, in one line, in a cell or outside."""
+    return re.sub(r"[\\`*<>\[\]|~$&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
+
+
 def markdown_table(record):
     """table.md: with intervals, and the report's figures beside ours where they are comparable."""
     report = report_of(record)
@@ -626,7 +748,7 @@ def markdown_table(record):
     header += ["report: clean", "report: transfer", "report: improvement"] if report else []
     lines = [header, ["---"] * len(header)]
     for name, row in record["rows"].items():
-        cells = [marked(record, name)]
+        cells = [markdown(marked(record, name))]
         for kind in ("clean", "transfer", "white_box"):
             low, high = row[f"{kind}_interval"]
             cells.append(f"{row[f'{kind}_similarity']:.4f} [{low:.3f}, {high:.3f}]")
@@ -639,17 +761,18 @@ def markdown_table(record):
             cells += [*(f"{value:.4f}" for value in report[name]), percent(report_gain(name))]
         lines.append(cells + [""] * (len(header) - len(cells)))
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    text = f"{setting(record).replace(chr(10), ', ')}.\n\n{table}\n\n{NOTES}\n{not_separated(record)}.\n"
+    text = f"{markdown(setting(record).replace(chr(10), ', '))}.\n\n{table}\n\n{NOTES}\n"
+    text += f"{not_separated(record, markdown)}.\n"
     if record["sanity"]:
         text += f"\nSanity battery, {record['args']['sanity_images']} images; (!) marks a row that fails a check:\n\n"
-        text += "".join(f"- {line}\n" for line in sanity_lines(record))
+        text += "".join(f"- {line}\n" for line in sanity_lines(record, markdown))
     return text
 
 
-def sanity_lines(record):
+def sanity_lines(record, shown=str):
     """One line a check: holds or not, with the figures."""
     return [
-        f"{'holds' if holds else 'FAILS'}  {name}: {check}: {figures}"
+        f"{'holds' if holds else 'FAILS'}  {shown(name)}: {check}: {figures}"
         for name, row in record["sanity"].items()
         for check, holds, figures in row["checks"]
     ]
@@ -675,7 +798,7 @@ def draw_examples(path, examples, adversarial, clip):
             axes[i, j].set(xticks=[], yticks=[])
             axes[i, j].set_xlabel(title if title.startswith("delta") else f"{title}: {cosines[i]:+.3f}", fontsize=9)
     for i in range(count):
-        axes[i, 0].set_title(examples.captions[i], fontsize=9, loc="left", parse_math=False)
+        axes[i, 0].set_title(examples.captions[i], fontsize=9, loc="left")
     figure.suptitle("Cosine of each image with its own caption, original model", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -767,6 +890,10 @@ def kept_bytes(args, models, examples):
 
 
 def main(args):
+    if args.rerun is not None:
+        given = args.output_dir != parse_args(["--preset", args.preset]).output_dir
+        rerun(args.rerun, args.output_dir if given else None)
+        return
     if args.reproduce:
         reproduce(args)
     stages = Path(args.output_dir).parent

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import json
 import runpy
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAIN, EVAL, VALIDATION = 48, 16, 8
+SMALL = ["--preset", "tiny", "--num_images", EVAL, "--num_train_images", TRAIN, "--val_images", VALIDATION]
+SMALL += ["--epochs", 2, "--steps", 8, "--qualities", 50, "--online_steps", 2]
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +49,17 @@ def shell(*words, code=0, env=None):
         stdout, stderr = out.getvalue(), err.getvalue()
     assert ended == code, stdout + stderr
     return stdout, stderr
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    """A whole small report; (folder of the stages, what evaluate.py printed, its command)."""
+    folder = tmp_path_factory.mktemp("report")
+    command = ["evaluate.py", "--reproduce", *SMALL, "--output_dir", folder / "evaluation"]
+    command += ["--cache_dir", folder / "cache"]
+    printed, _ = shell(*command)
+    return folder, printed, command

@@ -10,28 +10,10 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ROOT, shell
+from conftest import EVAL, ROOT, TRAIN, VALIDATION, metrics, shell
 from PIL import Image
 
 import common
-
-TRAIN, EVAL, VALIDATION = 48, 16, 8
-SMALL = ["--preset", "tiny", "--num_images", EVAL, "--num_train_images", TRAIN, "--val_images", VALIDATION]
-SMALL += ["--epochs", 2, "--steps", 8, "--qualities", 50, "--online_steps", 2]
-
-
-def metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def report(tmp_path_factory):
-    """A whole small report; (folder of the stages, what evaluate.py printed, its command)."""
-    folder = tmp_path_factory.mktemp("report")
-    command = ["evaluate.py", "--reproduce", *SMALL, "--output_dir", folder / "evaluation"]
-    command += ["--cache_dir", folder / "cache"]
-    printed, _ = shell(*command)
-    return folder, printed, command
 
 
 def test_reproduce_runs_the_stages_as_commands_and_ends_with_the_table(report):

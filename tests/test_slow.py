@@ -1,23 +1,16 @@
-"""By hand, python -m pytest -m slow: a checkpoint in LAION's clip-benchmark, and ViT-L/14 through the scripts.
+"""By hand, python -m pytest -m slow: ViT-L/14 through the scripts.
 
-clip-benchmark 1.6.2 gets best.pt by path and a webdataset of the tiny evaluation scenes; its recalls must be those of
-evaluate.py. ViT-L/14 has random weights: one PGD step and one training step on 2 images, for finite figures, the ball,
-and the time and peak memory that the README gives. It needs 8 GB of memory and 6 GB of disk for a moment.
+It has random weights: one PGD step and one training step on 2 images, for finite figures, the ball, and the time and
+peak memory that the README gives. It needs 8 GB of memory and 6 GB of disk for a moment.
 """
 
-import io
 import json
 import math
 import os
 import resource
-import subprocess
-import sys
-import tarfile
 import time
-import zipfile
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, shell
@@ -26,60 +19,12 @@ from PIL import Image
 pytestmark = pytest.mark.slow
 
 TINY = ROOT / "tests" / "tiny"
-N = 100  # evaluation scenes
-BENCHMARK = """
-import sys, open_clip
-open_clip.add_model_config(sys.argv.pop(1))
-from clip_benchmark.cli import main
-main()
-"""
 LARGE = ["--model", "ViT-L-14-quickgelu", "--pretrained", "random", "--num_images", 2, "--steps", 1]
 LARGE += ["--train_data", TINY / "MMEB-train", "--eval_data", TINY / "MMEB-eval"]
 
 
 def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
-
-
-def write_webdataset(folder):
-    """The first N evaluation scenes as clip-benchmark's local retrieval data: test/0.tar of NAME.jpg and NAME.txt."""
-    (folder / "test").mkdir(parents=True)
-    (folder / "dataset_type.txt").write_text("retrieval")
-    (folder / "test" / "nshards.txt").write_text("1")
-    (file,) = (TINY / "MMEB-eval").rglob("*.parquet")
-    with zipfile.ZipFile(TINY / "MMEB-eval" / "images.zip") as images, tarfile.open(folder / "test/0.tar", "w") as tar:
-        for row in pq.read_table(file).slice(0, N).to_pylist():
-            name = row["qry_img_path"].split("/")[-1].removesuffix(".jpg")
-            for suffix, data in [("jpg", images.read(row["qry_img_path"])), ("txt", row["tgt_text"][0].encode())]:
-                member = tarfile.TarInfo(f"{name}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-
-def test_a_checkpoint_gives_the_same_recalls_in_clip_benchmark(tmp_path):
-    pytest.importorskip("clip_benchmark")
-    small = ["--preset", "tiny", "--steps", 1, "--cache_dir", tmp_path / "cache"]
-    training = ["--num_images", 16, "--val_images", 4, "--max_steps", 1]
-    shell("defend_clip_mat_v2.py", *small, *training, "--output_dir", tmp_path / "mat")
-    checkpoint = tmp_path / "mat" / "best.pt"
-    config = json.loads((TINY / "clip" / "open_clip_config.json").read_text())["model_cfg"]
-    (tmp_path / "tiny-clip.json").write_text(json.dumps(config))
-    write_webdataset(tmp_path / "scenes")
-    command = [sys.executable, "-c", BENCHMARK, tmp_path / "tiny-clip.json", "eval", "--dataset", "wds/scenes"]
-    command += ["--dataset_root", tmp_path / "scenes", "--task", "zeroshot_retrieval", "--recall_k", 1, 5, "--no_amp"]
-    command += ["--model", "tiny-clip", "--pretrained", checkpoint, "--num_workers", 0]
-    command += ["--output", tmp_path / "result.json"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    recalls = json.loads((tmp_path / "result.json").read_text())["metrics"]
-
-    shell("evaluate.py", *small, "--num_images", N, "--qualities", "--output_dir", tmp_path / "evaluation")
-    ours = metrics(tmp_path / "evaluation")["rows"]["MAT"]  # mat/best.pt
-    for theirs, direction in {"text_retrieval_recall": "i2t", "image_retrieval_recall": "t2i"}.items():
-        for k in (1, 5):
-            value = recalls[f"{theirs}@{k}"]
-            assert math.isfinite(value) and value > 0.8  # chance is k / N, at most 0.05
-            assert value == pytest.approx(ours[f"clean_recall_{direction}@{k}"], abs=1e-6)
 
 
 @pytest.fixture
