@@ -280,9 +280,9 @@ def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(ru
         assert first[0].is_alive()
         time.sleep(0.01)
     code, _, lines = runs.run("generation", out)
-    assert code == 2 and len(lines) == 1 and "another run is writing to" in lines[0], lines
     first[0].kill()
     first[0].join()
+    assert code == 2 and len(lines) == 1 and "another run is writing to" in lines[0], lines
     assert runs.run("generation", out)[0] == 0
     assert_equal(contents(out), runs.undisturbed("generation"))
 
