@@ -1027,7 +1027,8 @@ def decode_all(reader, size, cache, args):
             return None, describe(error)
 
     good, broken = 0, {}
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
+    temporary = cache.with_name(f".{cache.name}.{os.getpid()}")  # others may be decoding the same images
+    note = temporary.with_name(f"{temporary.name}.json")
     try:
         reader.open_archive()
         with open(temporary, "wb") as file, ThreadPoolExecutor(args.num_workers) as pool:
@@ -1044,10 +1045,13 @@ def decode_all(reader, size, cache, args):
                     file.write(image.tobytes())
                     good += 1
             file.truncate(end)
+            file.flush()
+            os.fsync(file.fileno())
         if not good:
             fail(f"none of the {len(reader.paths)} images could be decoded; {path}: {problem}")
         os.replace(temporary, cache)
-        write_json(cache.with_suffix(".json"), {"source": reader.fingerprint[0], "images": good, "broken": broken})
+        write_json(note, {"source": reader.fingerprint[0], "images": good, "broken": broken})
+        os.replace(note, cache.with_suffix(".json"))
     except Exception as error:  # the network raises too many classes to list
         if getattr(error, "errno", None) in NO_ROOM:
             raise

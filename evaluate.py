@@ -517,6 +517,7 @@ def measure(row, examples, transfer, candidates, args, run=None):
         pixels_worst[torch.from_numpy(lower)] = pixels_adv[torch.from_numpy(lower)]
         for key, keep in (("similarity", np.minimum), ("margin", np.minimum), ("rank_i2t", np.maximum)):
             worst[key] = keep(worst[key], scored[key])
+        del pixels_adv  # not beside those of the next attack
     worst["rank_t2i"] = score(row, pixels_worst, candidates, args)["rank_t2i"]
     return conditions | {"white_box": worst}, pixels_worst, means, common.sum_health(healths)
 
@@ -920,7 +921,8 @@ def main(args):
         summary = summarise(per_row[row.name], args.seed) | {"training_seconds": row.seconds}
         record["rows"][row.name] = summary
         first = record["rows"]["original"]
-        original_worst = worst if original_worst is None else original_worst
+        original_worst = worst[:4].clone() if original_worst is None else original_worst  # for examples.png
+        del worst
         for kind in ("transfer", "white_box"):
             summary[f"{kind}_drop"] = drop(summary["clean_similarity"], summary[f"{kind}_similarity"])
             if row.name != "original":

@@ -246,6 +246,18 @@ def test_a_disk_that_fills_up_while_images_are_decoded_is_one_line_too(runs, tmp
     assert_equal(contents(tmp_path / "out"), runs.undisturbed("generation"))
 
 
+def test_two_runs_may_decode_the_same_images_at_once(runs, tmp_path):
+    fresh, note = ("--cache_dir", tmp_path / "cache"), Fault(WRITE, 3, "SIGSTOP")
+    first = runs.start("generation", tmp_path / "first", note, *fresh)
+    while not list(tmp_path.glob("cache/.*.tmp")):  # its last temporary file
+        assert first[0].is_alive()
+        time.sleep(0.01)
+    code, _, lines = runs.run("generation", tmp_path / "second", None, *fresh)
+    os.kill(first[0].pid, signal.SIGCONT)
+    assert runs.end(*first)[0] == code == 0, lines
+    assert not list(tmp_path.glob("cache/.*"))
+
+
 @pytest.mark.parametrize("kind", WORDS)
 def test_too_little_disk_is_said_before_the_model_is_loaded(kind, runs, tmp_path, monkeypatch, capsys):
     words = [str(word).format(shared=runs.folder) for word in WORDS[kind][1:]]
@@ -280,9 +292,9 @@ def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(ru
         assert first[0].is_alive()
         time.sleep(0.01)
     code, _, lines = runs.run("generation", out)
-    assert code == 2 and len(lines) == 1 and "another run is writing to" in lines[0], lines
     first[0].kill()
     first[0].join()
+    assert code == 2 and len(lines) == 1 and "another run is writing to" in lines[0], lines
     assert runs.run("generation", out)[0] == 0
     assert_equal(contents(out), runs.undisturbed("generation"))
 
