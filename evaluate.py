@@ -22,13 +22,9 @@ Files written to --output_dir (default runs/<preset>/evaluation); the stages' fo
 import argparse
 import copy
 import io
-import json
 import math
-import os
 import re
-import runpy
 import shlex
-import sys
 import textwrap
 import time
 from dataclasses import dataclass
@@ -135,8 +131,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--rerun",
         metavar="METRICS",
-        help="print the commands that make the run of this metrics.json again, of any script, those of its inputs "
-        "first; with --output_dir into that folder and beside it. Nothing is run (none)",
+        help="print the commands that made the run of this metrics.json, its inputs' first, and run nothing (none)",
     )
     group.add_argument("--num_train_images", type=number(1), help="images trained on (default: %(default)s)")
     group.add_argument("--train_batch_size", type=number(1), help="of the trainings (default: %(default)s)")
@@ -187,107 +182,23 @@ def reproduce(args):
             common.run_script(words)
 
 
-SCRIPTS = ["generate_pgd_adversarial.py", "defend_clip_mat_v2.py", "defend_clip_pgd_v2.py", "eval_jpeg.py"]
-SCRIPTS += ["evaluate.py"]
-NOT_AGAIN = {"overwrite", "reproduce", "rerun", "num_workers", "profile", "export"}  # what a rerun is without
-CHOOSING = ["preset", "split", "model", "online_steps"]  # flags on which the defaults of others depend
-
-
-def rerun(file, output_dir):
-    """Print the commands that make the run of a metrics.json again, its inputs' first, as lines for a shell.
-
-    output_dir   where to make it: runs that stood beside it are made beside that again, others in a folder there;
-                 None: where they were made
-    """
-    try:
-        runs = list(runs_behind(Path(file).resolve(), set()))
-        main_run, moved = runs[-1][0], {}
-        for folder, _, _ in runs if output_dir else []:
-            parent = Path(output_dir).parent / ("" if folder.parent == main_run.parent else folder.parent.name)
-            moved[folder] = Path(output_dir) if folder == main_run else parent / folder.name
-        lines = [command_of(*run, moved) for run in runs]
-        commits = {record["commit"] for _, record, _ in runs} - {common.git_commit()}
-    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
-        fail(f"--rerun {file}: it, or the metrics.json of an input, is damaged or not of these scripts")
-    if len(set(moved.values())) < len(moved):
-        fail(f"--rerun {file}: two of its inputs have one name, and would be one folder: leave --output_dir out")
-    if not all(line.isprintable() for line in lines):
-        fail(f"--rerun {file}: a flag in it holds characters that cannot be printed")
-    if commits:
-        note(f"made at commit {', '.join(map(str, commits))}, and this is {common.git_commit()}")
-    if any(root != Path.cwd() for _, _, root in runs):
-        note(f"its relative paths are those of {runs[-1][2]}")
-    print("\n".join(lines))
-
-
-def note(text):
-    print(f"note: {text}", file=sys.stderr)
-
-
-def runs_behind(file, seen):
-    """Yield every run whose files this one read, then itself: its folder, its metrics.json, where it was started."""
-    if file in seen:
-        return
-    seen.add(file)
-    record, folder = common.read_record(file), file.parent
-    written, root = Path(os.path.normpath(record["args"]["output_dir"])), Path.cwd()
-    if not written.is_absolute() and folder.parts[-len(written.parts) :] == written.parts:
-        root = folder.parents[len(written.parts) - 1]
-    for path, made in record["inputs"].items():
-        place = (root / path).resolve()
-        source = (place.parent if place.name in ("best.pt", "last.pt") else place) / "metrics.json"
-        if not place.exists():
-            fail(f"--rerun {file}: its input {path} is not there")
-        if made != common.fingerprint(place):
-            note(f"{path} has changed since")
-        if source.exists():
-            yield from runs_behind(source, seen)
-        else:
-            note(f"{path} was not made by these scripts")
-    yield folder, record, root
-
-
-def command_of(folder, record, root, moved):
-    """A run's command with all flags that differ from their defaults; moved: {folder of a run: where to make it}."""
-    script = Path(record["argv"][0]).name
-    if script not in SCRIPTS:
-        fail(f"--rerun {folder / 'metrics.json'}: {script} is none of {', '.join(SCRIPTS)}")
-    parse = parse_args if script == "evaluate.py" else runpy.run_path(str(common.ROOT / script))["parse_args"]
-
-    def now(path):
-        place = (root / path).resolve()
-        news = [str(new / place.relative_to(old)) for old, new in moved.items() if place.is_relative_to(old)]
-        return news[0] if news else path
-
-    args = {key: value for key, value in record["args"].items() if key not in NOT_AGAIN}
-    args["output_dir"] = str(moved.get(folder, args["output_dir"]))
-    args |= {key: now(args[key]) for key in ("adversarial_dir", "pretrained") if args.get(key)}
-    rows = [f"--checkpoint={name}={now(source)}" for name, source in args.pop("checkpoint", [])]
-
-    def differs(key):
-        value, default = args[key], json.loads(json.dumps(vars(parse(words)).get(key, "no such flag")))
-        _, inside_this, path = str(default).partition(f"{common.ROOT}/")
-        other_checkouts = bool(inside_this) and str(value).endswith(f"/{path}")
-        return value != default and not other_checkouts
-
-    words = []
-    for key in [*CHOOSING, *args]:
-        if key not in args or not differs(key):
-            continue
-        value = args[key]
-        if isinstance(value, bool):
-            words += [f"--{key}" if value else f"--no-{key}"]
-        elif key == "defence":
-            words += [f"--{key}={row}" for row in value]
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        else:
-            levels = round(value * 255) if isinstance(value, float) else 0
-            words += [f"--{key}", f"{levels}/255" if levels and levels / 255 == value else str(value)]
-    for key in filter(differs, args):
-        fail(f"--rerun {folder / 'metrics.json'}: this {script} cannot be given --{key} {args[key]}")
-    start = ["python"] if record["processes"] == 1 else ["torchrun", "--nproc_per_node", str(int(record["processes"]))]
-    return shlex.join([*start, os.path.relpath(common.ROOT / script), *words, *rows])
+def commands_behind(file, seen):
+    """Yield the commands that made the run of a metrics.json, its inputs' first, as they were typed; each once."""
+    record = common.read_record(file)
+    argv, processes, commit = (record.get(key) for key in ("argv", "processes", "commit"))
+    typed = isinstance(argv, list) and all(isinstance(word, str) for word in argv)
+    if not typed or not (common.ROOT / Path(argv[0]).name).is_file() or not isinstance(processes, int):
+        fail(f"--rerun {file}: it does not say by which of these scripts it was made")
+    for source in map(Path, record["inputs"]):
+        made = (source if source.is_dir() else source.parent) / "metrics.json"
+        if made.is_file() and made.resolve() not in seen:
+            yield from commands_behind(made, seen)
+    seen.add(file.resolve())
+    start = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
+    line = f"{shlex.join([*start, *argv])}  # commit {commit}"
+    if not line.isprintable():
+        fail(f"--rerun {file}: its command holds characters that cannot be printed")
+    yield line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -891,9 +802,8 @@ def kept_bytes(args, models, examples):
 
 
 def main(args):
-    if args.rerun is not None:
-        given = args.output_dir != parse_args(["--preset", args.preset]).output_dir
-        rerun(args.rerun, args.output_dir if given else None)
+    if args.rerun:
+        print("\n".join(commands_behind(Path(args.rerun), set())))
         return
     if args.reproduce:
         reproduce(args)
