@@ -72,6 +72,7 @@ PRESETS = {  # defaults of every flag that depends on the size of the experiment
         "lr": 1e-5,
         "online_lr": 1e-5,
         "epochs": 3,
+        "online_epochs": 3,
     },
     "tiny": {
         "model": f"local-dir:{TINY}/clip",
@@ -84,6 +85,7 @@ PRESETS = {  # defaults of every flag that depends on the size of the experiment
         "lr": 1e-4,
         "online_lr": 4e-4,
         "epochs": 3,
+        "online_epochs": 5,
     },
 }
 

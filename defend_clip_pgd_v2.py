@@ -12,7 +12,7 @@ arXiv:2402.12336) to the original model's features. The twins are
         starting from the offline ones, or from noise with --online_start noise.
 
     python defend_clip_pgd_v2.py --batch_size 16 --lr 1e-5 --epochs 3 --loss_threshold 0.1
-    python defend_clip_pgd_v2.py --preset tiny --online_steps 5
+    python defend_clip_pgd_v2.py --preset tiny --online_steps 3 --lr 4e-4 --epochs 5
 
 Files written to --output_dir (default runs/<preset>/pgd, with --online_steps runs/<preset>/online):
     best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens

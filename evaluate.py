@@ -138,10 +138,11 @@ def parse_args(argv=None):
     group.add_argument("--val_images", type=number(1), help="of the trainings (default: %(default)s)")
     group.add_argument("--epochs", type=number(1), help="of the trainings (default: %(default)s)")
     group.add_argument("--lr", type=number(0, kind=float), help="of the trainings (default: %(default)s)")
+    group.add_argument("--online_epochs", type=number(1), help="of the online training (default: %(default)s)")
     group.add_argument("--online_lr", type=number(0, kind=float), help="of the online training (default: %(default)s)")
     threshold = {"type": number(0, kind=float), "default": 0.1}
     group.add_argument("--loss_threshold", **threshold, help="of the offline caption-aware training (%(default)s)")
-    group.add_argument("--online_steps", type=number(0), default=5, help="of the online training; 0: no such row (5)")
+    group.add_argument("--online_steps", type=number(0), default=3, help="of the online training; 0: no such row (3)")
     return common.parse_flags(parser, argv, stage="evaluation", images="eval", batch="attack")
 
 
@@ -164,18 +165,18 @@ def reproduce(args):
     attack, training = f"{shared} batch_size", f"{shared} val_images"
     sizes = {"num_images": args.num_train_images} if "num_train_images" in given else {}
 
-    def epochs(lr):
+    def epochs(lr, epochs):
         short = f"{lr:.0e}".replace("e-0", "e-")
         lr = short if float(short) == lr else lr
-        return {"batch_size": args.train_batch_size, "lr": lr, "epochs": args.epochs, **sizes}
+        return {"batch_size": args.train_batch_size, "lr": lr, "epochs": epochs, **sizes}
 
     threshold, online = {"loss_threshold": args.loss_threshold}, {"online_steps": args.online_steps}
     stages = [
         command("generate_pgd_adversarial.py", "adversarial_train", attack, split="train", **sizes),
         command("generate_pgd_adversarial.py", "adversarial_eval", f"{attack} num_images", split="eval"),
-        command("defend_clip_mat_v2.py", "mat", training, **epochs(args.lr)),
-        command("defend_clip_pgd_v2.py", "pgd", training, **epochs(args.lr), **threshold),
-        command("defend_clip_pgd_v2.py", "online", training, **epochs(args.online_lr), **online),
+        command("defend_clip_mat_v2.py", "mat", training, **epochs(args.lr, args.epochs)),
+        command("defend_clip_pgd_v2.py", "pgd", training, **epochs(args.lr, args.epochs), **threshold),
+        command("defend_clip_pgd_v2.py", "online", training, **epochs(args.online_lr, args.online_epochs), **online),
     ]
     for folder, words in stages:
         if folder.name != "online" or args.online_steps:
