@@ -826,6 +826,8 @@ def describe(error):
 CONFIG = "MSCOCO_i2t"
 LARGEST_FILE, LARGEST_IMAGE = 20_000_000, 50_000_000  # bytes, pixels: bombs are not unpacked
 Image.MAX_IMAGE_PIXELS = None  # open_image() looks itself
+for handler in logging.getLogger("datasets").handlers:  # an error is raised as well, and said in one line
+    handler.addFilter(lambda record: record.levelno < logging.ERROR)
 SPLITS = {  # split, image column, caption column (a list has the positive first), start of the file names kept
     "train": ("original", "qry_image_path", "pos_text", "COCO_train2014_"),
     "eval": ("test", "qry_img_path", "tgt_text", "COCO_"),
@@ -882,16 +884,25 @@ def open_split(args, split):
         if column not in table.column_names:
             fail(f"{flag}: split {split_name} has no column {column}; it has {', '.join(table.column_names)}")
     rows, seen = [], set()
-    for row, path in enumerate(table[image_column]):
-        match = re.fullmatch(r"COCO_(?:train|val)2014_(\d{1,12})\.jpe?g", PurePosixPath(path or "").name)
+    for row, path in enumerate(read_column(flag, table, image_column)):
+        name = PurePosixPath(path).name if isinstance(path, str) else ""
+        match = re.fullmatch(r"COCO_(?:train|val)2014_([0-9]{1,12})\.jpe?g", name)
         if not match:
             fail(f"{flag}: row {row}: {image_column} {path!r} is not the path of a COCO 2014 image")
-        if match[0].startswith(wanted) and match[1] not in seen:
-            seen.add(match[1])
+        if match[0].startswith(wanted) and int(match[1]) not in seen:
+            seen.add(int(match[1]))
             rows.append((row, path, int(match[1])))
     if args.sample_seed is not None:
         rows = [rows[i] for i in np.random.default_rng(args.sample_seed).permutation(len(rows))]
     return flag, table, rows
+
+
+def read_column(flag, table, name):
+    """A column as Arrow holds it: nothing is decoded, or opened, that the data set declares its values to be."""
+    try:
+        return table.select_columns(name).with_format("arrow")[:][name].to_pylist()
+    except Exception as error:  # text that is not UTF-8, a name that comes twice, a type that only datasets knows
+        fail(f"{flag}: column {name} cannot be read: {describe(error)}")
 
 
 def load_examples(args, split, count):
@@ -905,7 +916,7 @@ def load_examples(args, split, count):
         kind = "train2014 images" if split == "train" else "images"
         fail(f"{flag} has {len(rows)} distinct {kind} and {count} are needed: ask for fewer")
     rows, column = rows[:count], SPLITS[split][2]
-    captions = table.select([row for row, _, _ in rows])[column]
+    captions = read_column(flag, table.select([row for row, _, _ in rows]), column)
     captions = [text[0] if isinstance(text, list) and text else text for text in captions]
     for (row, _, _), text in zip(rows, captions):
         if not isinstance(text, str) or not text.strip():

@@ -382,6 +382,29 @@ def edit(change, column="qry_img_path"):
     return build
 
 
+def column(change, name="qry_img_path"):
+    """The parquet with a whole column replaced by change([values])."""
+
+    def build(place):
+        (file,) = place.data.rglob("*.parquet")
+        table = pq.read_table(file)
+        at = table.column_names.index(name)
+        pq.write_table(table.set_column(at, name, change(table[name].to_pylist())), file)
+
+    return build
+
+
+def not_utf8(values):
+    return pa.array([value.encode() + b"\xff\xed\xa0\x80" for value in values], pa.binary()).view(pa.string())
+
+
+def same_id(place):
+    """The first two rows name one image, with and without the zeros."""
+    second = pq.read_table(next(place.data.rglob("*.parquet")))["qry_img_path"][1].as_py()
+    edit(re.sub("_0+", "_", second))(place)
+    return ["--num_images", 5]
+
+
 def row_path(path):
     """The first row names the image STRANGER, which lies outside the data folder, as {outside}/NAME or otherwise."""
     return lambda place: edit(path.format(outside=place.outside, name=STRANGER))(place)
@@ -505,6 +528,11 @@ DATA_CASES = [
     Case("row path None", GENERATE, edit(lambda path: None), ("row 0",)),
     Case("row id too long", GENERATE, edit(f"a/COCO_val2014_{'9' * 5000}.jpg"), ("row 0",)),
     Case("row path in capitals", GENERATE, edit(str.upper), ("row 0",)),
+    Case("row path a list", GENERATE, column(lambda paths: pa.array([[path] for path in paths])), ("row 0",)),
+    Case("row path a number", GENERATE, column(lambda paths: pa.array([7] * len(paths))), ("row 0",)),
+    Case("row path not UTF-8", GENERATE, column(not_utf8), ("--eval_data", "qry_img_path")),
+    Case("row id of Arabic digits", GENERATE, row_path("a/COCO_val2014_" + "\u0663" * 12 + ".jpg"), ("row 0",)),
+    Case("row id twice", GENERATE, same_id, ("4 distinct images",)),
     Case("linked image", GENERATE, link(), (STRANGER,)),
     Case("linked folder", GENERATE, link(folder_too=True), (STRANGER,)),
     Case("links of the hub's cache", GENERATE, as_in_the_hubs_cache, check=finished),
@@ -656,6 +684,11 @@ def others_none(place):
     return ["--candidates", "mmeb"]
 
 
+def lists_as_text(place):
+    column(lambda lists: pa.array([texts[0] for texts in lists]), "tgt_text")(place)
+    return ["--candidates", "mmeb"]
+
+
 EMPTY = ("--eval_data", "row 0", "tgt_text")
 CAPTION_CASES = [
     Case(f"caption {name}", GENERATE, caption(text), check=one_line_each(text)) for name, text in STRANGE.items()
@@ -666,6 +699,7 @@ CAPTION_CASES += [
     Case("caption of white space", GENERATE, caption(" \t\n\u2003\u00a0"), EMPTY),
     Case("captions an empty list", GENERATE, edit(lambda captions: [], "tgt_text"), EMPTY),
     Case("candidate None", EVALUATE, others_none, EMPTY),
+    Case("candidates a text", EVALUATE, lists_as_text, EMPTY),
 ]
 
 # -- adversarial folders
