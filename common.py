@@ -825,7 +825,7 @@ def describe(error):
 
 CONFIG = "MSCOCO_i2t"
 LARGEST_FILE, LARGEST_IMAGE = 20_000_000, 50_000_000  # bytes, pixels: bombs are not unpacked
-Image.MAX_IMAGE_PIXELS = None  # open_image() looks itself
+Image.MAX_IMAGE_PIXELS = None  # read_image() looks itself
 for handler in logging.getLogger("datasets").handlers:  # an error is raised as well, and said in one line
     handler.addFilter(lambda record: record.levelno < logging.ERROR)
 SPLITS = {  # split, image column, caption column (a list has the positive first), start of the file names kept
@@ -958,8 +958,8 @@ def decode_all(reader, size, cache, args):
             return None, describe(error)
         try:
             return decode_image(data, size), None
-        except (OSError, ValueError, SyntaxError) as error:
-            return None, describe(error)
+        except ValueError as error:
+            return None, str(error)
 
     good, broken = 0, {}
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
@@ -993,23 +993,25 @@ def decode_image(data, size):
 
     PIL's resize to 0.01 grey levels on average, done by torch's vectorised one on the interleaved pixels.
     """
-    with open_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]) as image:  # none that starts another program
-        width, height = image.size
-        if image.mode[0] in "IF":
-            raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
-        pixels = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+    pixels = torch.from_numpy(read_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))  # none starts another program
+    height, width = pixels.shape[:2]
     shape = [size * height // min(width, height), size * width // min(width, height)]
     pixels = F.interpolate(pixels.permute(2, 0, 1)[None], shape, mode="bicubic", antialias=True)[0]
     return TF.center_crop(pixels, size).numpy()
 
 
-def open_image(data, formats):
-    """Image.open of a file's bytes; ValueError for a size that no photograph has."""
-    image = Image.open(io.BytesIO(data), formats=formats)
-    width, height = image.size
-    if width * height > LARGEST_IMAGE or max(width, height) > 50 * min(width, height):
-        raise ValueError(f"{width} x {height} pixels")
-    return image
+def read_image(data, formats):
+    """An image file's bytes -> uint8 (H, W, 3); ValueError for whatever is no photograph of 8 bits a channel."""
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            width, height = image.size
+            if width * height > LARGEST_IMAGE or max(width, height) > 50 * min(width, height):
+                raise ValueError(f"{width} x {height} pixels")
+            if image.mode[0] in "IF":
+                raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except Exception as error:  # a damaged or hostile file raises anything
+        raise ValueError(describe(error))
 
 
 class ImageReader:
@@ -1410,8 +1412,10 @@ def load_adversarial(folder, examples, args):
             return f"{file}: {describe(error)}"
         if hashlib.sha256(data).hexdigest() != checksum:
             return f"{file} was altered after it was made: its sha256 is not that of metadata.jsonl"
-        with open_image(data, ["PNG"]) as image:
-            twin = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        try:
+            twin = read_image(data, ["PNG"]).transpose(2, 0, 1)
+        except ValueError as error:
+            return f"{file}: {error}"
         twins[i] = twin if twin.shape == twins[i].shape else 0
         if linf_grey_levels(twins[i : i + 1], examples.pixels[i : i + 1])[0] > grey_levels(made["eps"]):
             return f"{file} is not in the ball around {examples.names[i]} at this size"
