@@ -927,9 +927,9 @@ def load_examples(args, split, count):
     key = hashlib.sha256(json.dumps([reader.fingerprint, paths, size]).encode()).hexdigest()[:20]
     cache = Path(args.cache_dir) / f"{key}.npy"
     with main_first():
-        if not cache.with_suffix(".json").exists():
+        if open_cache(cache, paths, size) is None:
             decode_all(reader, size, cache, args)
-    broken = read_json(cache.with_suffix(".json"))["broken"]
+    pixels, broken = open_cache(cache, paths, size) or fail(f"{cache} was altered while it was read")
     if broken and not args.skip_bad_images:
         path, problem = next(iter(broken.items()))
         fail(f"{path}: broken image ({problem}), {len(broken)} in all; --skip_bad_images leaves them out")
@@ -937,7 +937,7 @@ def load_examples(args, split, count):
         print(f"{flag}: {len(broken)} broken images left out, the first {next(iter(broken))}")
     kept = [i for i, path in enumerate(paths) if path not in broken]
     return Examples(
-        pixels=np.load(cache, mmap_mode="r")[: len(kept)],
+        pixels=pixels[: len(kept)],
         captions=[captions[i].strip() for i in kept],
         coco_ids=[rows[i][2] for i in kept],
         names=[PurePosixPath(paths[i]).name for i in kept],
@@ -959,6 +959,17 @@ def decode_all(reader, size, cache, args):
         try:
             return decode_image(data, size), None
         except ValueError as error:
+def open_cache(cache, paths, size):
+    """What decode_all() wrote: the pixels, and {path: problem} of the broken images; None if not there, or damaged."""
+    try:
+        broken = json.loads(cache.with_suffix(".json").read_bytes())["broken"]
+        pixels = np.load(cache, mmap_mode="r")
+        sound = pixels.dtype == np.uint8 and pixels.shape == (len(paths), 3, size, size)
+        return (pixels, broken) if sound and broken.keys() <= {*paths} else None
+    except Exception:  # a damaged file raises anything
+        return None
+
+
             return None, str(error)
 
     good, broken = 0, {}
