@@ -328,7 +328,7 @@ class Run:
         if unfinished and not args.overwrite:
             self.must_equal(unfinished, "an unfinished run")
         if unfinished and not self.differences(unfinished):
-            self.started, self.before = unfinished["started"], unfinished["seconds"]
+            self.started, self.before = unfinished["started"], unfinished.get("seconds", 0)
             print(f"{self.dir} holds an unfinished run: going on after its first {self.before:.0f} s")
         elif not RANK and self.partial.exists():
             shutil.rmtree(self.partial)
@@ -429,7 +429,9 @@ def exists(path):
 def read_record(path):
     """A metrics.json, or the start of one in .partial."""
     record, kinds = read_json(path), {"args": dict, "inputs": dict, "started": str}
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+    sound = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+    times = [record.get(key, 0) for key in ("seconds", "training_seconds")] if sound else []
+    if not sound or not all(type(time) in (int, float) and 0 <= time < 1e12 for time in times):
         fail(f"{path} is damaged: delete it, or make its folder again with --overwrite")
     return record
 

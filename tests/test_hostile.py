@@ -1,5 +1,6 @@
 """Hostile input: a script ends in one line that says what and where, or copes; no code runs, nothing is lost."""
 
+import hashlib
 import importlib
 import io
 import json
@@ -841,6 +842,30 @@ def entry_with(**values):
     return metadata(lambda entry, folder, place: entry | values)
 
 
+def rewritten(data):
+    """The first twin holds other bytes, and metadata.jsonl their checksum."""
+
+    def change(entry, folder, place):
+        (folder / entry["file_name"]).write_bytes(data)
+        return entry | {"sha256": hashlib.sha256(data).hexdigest()}
+
+    return metadata(change)
+
+
+def cached(change):
+    """A cache of decoded images after change(array file)."""
+
+    def build(place):
+        words = ["--cache_dir", place.tmp / "cache"]
+        args = importlib.import_module(GENERATE).parse_args(place.words(GENERATE, words))
+        common.load_examples(args, "eval", 4)
+        change(next((place.tmp / "cache").glob("*.npy")))
+        return words
+
+    return build
+
+
+STATE = b'{"args": {}, "inputs": {}, "started": "once", "seconds": '
 LINE, PNG, METRICS = ("metadata.jsonl", "line 1"), (".png",), ("adversarial_eval/metrics.json",)
 ADVERSARIAL_CASES = [
     Case("metadata cut", JPEG, adversarial(cut), ("metadata.jsonl", "line 4")),
@@ -868,6 +893,11 @@ ADVERSARIAL_CASES = [
     Case("twin claims 60000 x 60000", JPEG, twin_bytes(large_png), PNG),
     Case("twin cut", JPEG, twin_bytes(lambda data: data[: len(data) // 2]), PNG),
     Case("twin with a damaged chunk", JPEG, twin_bytes(bad_chunk), PNG),
+    Case("twin is text, its checksum right", JPEG, rewritten(b"<html>"), PNG),
+    Case("twin claims 60000 x 60000, its checksum right", JPEG, rewritten(large_png(picture(kind="PNG"))), PNG),
+    Case("cache of images cut", GENERATE, cached(lambda file: os.truncate(file, 999)), check=finished),
+    Case("cache of images of zero bytes", GENERATE, cached(lambda file: os.truncate(file, 0)), check=finished),
+    Case("cache without its list", GENERATE, cached(lambda f: f.with_suffix(".json").write_text("[]")), check=finished),
     Case("twin of zero bytes", PGD, adversarial(lambda f, _: os.truncate(first_twin(f), 0), "train"), PNG),
     Case("record cut", JPEG, record(lambda made: json.dumps(made)[:99].encode()), METRICS),
     Case("record not UTF-8", JPEG, record(lambda made: b"\xff\xfe{}"), METRICS),
@@ -883,6 +913,8 @@ ADVERSARIAL_CASES = [
     Case("own record of strings", JPEG, own_record(b'{"args": "x", "inputs": "y"}'), ("out/metrics.json",)),
     Case("state of a killed run cut", GENERATE, unfinished(b'{"args": {'), (".partial",)),
     Case("state of a killed run a list", GENERATE, unfinished(b"[1]"), (".partial",)),
+    Case("state of a killed run with a text for seconds", GENERATE, unfinished(STATE + b'"x"}'), (".partial",)),
+    Case("state of a killed run of endless seconds", GENERATE, unfinished(STATE + b"1e999}"), (".partial",)),
     Case("record of a training empty", EVALUATE, sibling, ("mat/metrics.json",)),
 ]
 
