@@ -315,7 +315,11 @@ class Run:
         if not args.overwrite and exists(done):
             finished = read_record(done)
             self.must_equal(finished, "a finished run")  # by however many processes
-            print(show(finished) + "\n" if show else "", end="")
+            try:
+                text = show(finished).encode(errors="replace").decode() + "\n" if show else ""
+            except Exception as error:  # what else it lacks, or holds of another kind
+                fail(f"{done} is damaged ({describe(error)}): make its folder again with --overwrite")
+            print(text, end="")
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
             raise SystemExit(0)
         if not RANK:
