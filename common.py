@@ -384,10 +384,18 @@ class Run:
             write_json(self.partial / "run.json", record | {"started": self.started, "seconds": self.seconds()})
         save_torch(self.partial / f"{digest(key)}.pt", value)
 
-    def kept(self, key):
-        """What an earlier, killed process of this run kept under key, or None."""
+    def kept(self, key, fits):
+        """What an earlier, killed process of this run kept under key; None if it is damaged, or not fits(value)."""
         file = self.partial / f"{digest(key)}.pt"
-        return torch.load(file, map_location="cpu", weights_only=True) if file.name in self.found else None
+        if file.name not in self.found:
+            return None
+        try:
+            with zipfile.ZipFile(file) as archive, warnings.catch_warnings(action="ignore"):
+                whole = archive.testzip() is None  # torch does not look at the checksums
+                value = torch.load(file, map_location="cpu", weights_only=True)
+                return value if whole and isinstance(value, dict) and fits(value) else None
+        except Exception:  # a damaged or foreign file raises anything
+            return None
 
     def begin(self):
         """To be called before the first file is written: from here to finish() the folder is not complete."""
@@ -951,6 +959,17 @@ def load_examples(args, split, count):
     )
 
 
+def open_cache(cache, paths, size):
+    """What decode_all() wrote: the pixels, and {path: problem} of the broken images; None if not there, or damaged."""
+    try:
+        broken = json.loads(cache.with_suffix(".json").read_bytes())["broken"]
+        pixels = np.load(cache, mmap_mode="r")
+        sound = pixels.dtype == np.uint8 and pixels.shape == (len(paths), 3, size, size)
+        return (pixels, broken) if sound and broken.keys() <= {*paths} else None
+    except Exception:  # a damaged file raises anything
+        return None
+
+
 def decode_all(reader, size, cache, args):
     """Decode the reader's images into one uint8 array; the .json beside it, written last, names the broken ones."""
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -965,17 +984,6 @@ def decode_all(reader, size, cache, args):
         try:
             return decode_image(data, size), None
         except ValueError as error:
-def open_cache(cache, paths, size):
-    """What decode_all() wrote: the pixels, and {path: problem} of the broken images; None if not there, or damaged."""
-    try:
-        broken = json.loads(cache.with_suffix(".json").read_bytes())["broken"]
-        pixels = np.load(cache, mmap_mode="r")
-        sound = pixels.dtype == np.uint8 and pixels.shape == (len(paths), 3, size, size)
-        return (pixels, broken) if sound and broken.keys() <= {*paths} else None
-    except Exception:  # a damaged file raises anything
-        return None
-
-
             return None, str(error)
 
     good, broken = 0, {}
@@ -1320,17 +1328,30 @@ def attack_all(loss_at, examples, args, **options):
     return torch.cat(pixels_adv), sum_health(healths)
 
 
+HEALTH = "max_abs_delta_grey_levels", "min_pixel", "max_pixel"
+HEALTH += "images_unmoved", "images_with_zero_gradients", "images_with_nonfinite_values"
+
+
 def attack_health(pixels, pixels_adv, attacked):
     """What must be looked at before an attack's figure is believed, re-measured on its uint8 output."""
     linf = linf_grey_levels(pixels, pixels_adv)
-    return {
-        "max_abs_delta_grey_levels": int(linf.max()),
-        "min_pixel": int(pixels_adv.min()),
-        "max_pixel": int(pixels_adv.max()),
-        "images_unmoved": int((linf == 0).sum()),
-        "images_with_zero_gradients": int((attacked.zero_grads > 0).sum()),
-        "images_with_nonfinite_values": int((attacked.nonfinite > 0).sum()),
-    }
+    counts = (linf == 0).sum(), (attacked.zero_grads > 0).sum(), (attacked.nonfinite > 0).sum()
+    return dict(zip(HEALTH, map(int, [linf.max(), pixels_adv.min(), pixels_adv.max(), *counts])))
+
+
+def fits_attack(pixels, args):
+    """For Run.kept(): are these attacked twins of the pixels, with their attack_health?"""
+
+    def fits(kept):
+        twins = kept["pixels"]
+        sound = twins.dtype == torch.uint8 and twins.shape == pixels.shape and fits_health(kept["health"])
+        return sound and linf_grey_levels(pixels, twins).max() <= grey_levels(args.eps)
+
+    return fits
+
+
+def fits_health(health):
+    return health.keys() == {*HEALTH} and all(type(value) is int and 0 <= value < 2**31 for value in health.values())
 
 
 def sum_health(parts):
@@ -1538,12 +1559,29 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
     if PROCESSES > 1:
         print(f"{PROCESSES} processes, {args.batch_size} images each: a global batch of {batch_size}")
 
-    progressed = run.kept("state") or {"log": [], "epochs": [], "validating": 0.0, "began": run.seconds()}
+    def fits(state):
+        done, passed = state["log"], state["epochs"]
+        numbers = [state["validating"], state["began"], *(value for entry in done + passed for value in entry.values())]
+        sound = [entry["step"] for entry in done] == [*range(1, len(done) + 1)] and 0 < len(done) <= last_step
+        sound = sound and all(type(value) in (int, float) for value in numbers)
+        new, old = optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"]
+        sound = sound and [group | {"lr": args.lr} for group in old] == new
+        moments = [state["optimizer"]["state"][i] for group in new for i in group["params"]]
+        return sound and all(
+            moment[key].shape == p.shape
+            for moment, p in zip(moments, matrices + others)
+            for key in ("exp_avg", "exp_avg_sq")
+        )
+
+    progressed = run.kept("state", fits) or {"log": [], "epochs": [], "validating": 0.0, "began": run.seconds()}
     log, epochs = progressed["log"], progressed["epochs"]
     if log:
-        visual.load_state_dict(progressed["visual"])
-        optimizer.load_state_dict(progressed["optimizer"])
-        restore_generators(progressed["generators"])
+        try:
+            visual.load_state_dict(progressed["visual"])
+            optimizer.load_state_dict(progressed["optimizer"])
+            restore_generators(progressed["generators"])
+        except Exception as error:  # tensors of another training raise anything
+            fail(f"{run.partial} does not hold a state of this training ({describe(error)}): --overwrite starts anew")
 
     def save_state():
         tensors = {"visual": visual.state_dict(), "optimizer": optimizer.state_dict(), "generators": generators()}

@@ -42,7 +42,7 @@ def main(args):
             return lambda images: encode_image(jpeg(images, q))
 
         loss_at = own_caption(through(clip.frozen()), text_features)
-        if kept := run.kept(q):
+        if kept := run.kept(q, common.fits_attack(examples.pixels, args)):
             adaptive, health[q] = kept["pixels"], kept["health"]
         else:
             adaptive, health[q] = attack_all(loss_at, examples, args, what=f"JPEG {q}")

@@ -356,7 +356,7 @@ def attack_row(row, examples, candidates, args, method="pgd", loss="cosine", res
     """One attack on one row: pixels_adv, its score and its health; what a killed run has kept is not attacked again."""
     key = [row.name, row.clip.bf16, len(examples), args.eps, args.alpha, args.steps]
     key += [method, loss, restart, codec.__name__]
-    kept = run and run.kept(key)
+    kept = run and run.kept(key, common.fits_attack(examples.pixels, args))
     if kept:
         return kept["pixels"], score(row, kept["pixels"], candidates, args), kept["health"]
     encode, loss_of = row.clip.frozen(), attack_loss(loss, row, candidates)

@@ -69,8 +69,18 @@ def main(args):
     settled, parts = {}, []
 
     for start in range(len(files)):  # what a killed run of these flags has done
-        part = run.kept(start)
-        if part and all(unaltered(run.dir / e["file_name"], e["sha256"]) for e in part["entries"]):
+
+        def fits(part, start=start):
+            here = slice(start, start + len(part["entries"]))
+            rows = zip(part["entries"], files[here], examples.captions[here], examples.coco_ids[here], strict=True)
+            sound = here.stop > start and common.fits_health(part["health"])
+            for entry, *own in rows:
+                sound &= [entry["file_name"], entry["caption"], entry["coco_id"]] == own
+                sound &= all(isinstance(entry[f"{kind}_similarity"], float) for kind in ("clean", "adversarial"))
+                sound &= unaltered(run.dir / entry["file_name"], entry["sha256"])
+            return sound
+
+        if part := run.kept(start, fits):
             settled[start] = start + len(part["entries"])
             parts.append(part)
 
