@@ -222,6 +222,9 @@ def parse_flags(parser, argv, *, stage, images, batch):
     images   'train' or 'eval': which of the preset's image counts is --num_images' default; {split} likewise
     batch    'train' or 'attack': likewise for --batch_size
     """
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.encode(errors="replace").decode() != word:  # no record could hold it, and no terminal show it
+            parser.error(f"{word!r} is not text in UTF-8")
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--preset", choices=PRESETS, default="report")
     chooser.add_argument("--split", default="train")

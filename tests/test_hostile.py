@@ -190,6 +190,7 @@ FLAG_CASES = [
     Case("output_dir not writable", GENERATE, flag("--output_dir", "/dev/null/a"), ("--output_dir",)),
     Case("output_dir too long", GENERATE, flag("--output_dir", "{tmp}/" + "a" * 300), ("--output_dir",)),
     Case("output_dir empty", GENERATE, flag("--output_dir", ""), ("--output_dir",)),
+    Case("output_dir not UTF-8", GENERATE, flag("--output_dir", "{tmp}/\udcff"), ("\\udcff",)),
     Case("image_root missing", GENERATE, flag("--image_root", "{tmp}/none"), ("--image_root", "none")),
     Case("image_root a file", GENERATE, needs("f", "--image_root", "{tmp}/f"), ("--image_root",)),
     Case("cache_dir a file", GENERATE, needs("f", "--cache_dir", "{tmp}/f"), ("{tmp}/f",)),
