@@ -26,6 +26,9 @@ from PIL import Image
 import common
 from common import attack_batches, attack_health, encode_all, linf_grey_levels, load_clip, load_examples, own_caption
 
+KINDS = {"file_name": str, "caption": str, "coco_id": int, "clean_similarity": float, "adversarial_similarity": float}
+KINDS |= {"linf": int, "sha256": str}  # of an entry of metadata.jsonl
+
 
 def parse_args(argv=None):
     parser = common.make_parser(__doc__)
@@ -75,8 +78,8 @@ def main(args):
             rows = zip(part["entries"], files[here], examples.captions[here], examples.coco_ids[here], strict=True)
             sound = here.stop > start and common.fits_health(part["health"])
             for entry, *own in rows:
+                sound &= {key: type(value) for key, value in entry.items()} == KINDS
                 sound &= [entry["file_name"], entry["caption"], entry["coco_id"]] == own
-                sound &= all(isinstance(entry[f"{kind}_similarity"], float) for kind in ("clean", "adversarial"))
                 sound &= unaltered(run.dir / entry["file_name"], entry["sha256"])
             return sound
 
@@ -91,8 +94,7 @@ def main(args):
         cosines = [(encode_all(clip.encode_image, p, args) * own).sum(-1).tolist() for p in (clean, saved)]
         linf = linf_grey_levels(clean, saved).tolist()
         columns = files[here], examples.captions[here], examples.coco_ids[here], *cosines, linf, checksums
-        keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf", "sha256"
-        part = {"entries": [dict(zip(keys, row)) for row in zip(*columns)]}
+        part = {"entries": [dict(zip(KINDS, row)) for row in zip(*columns)]}
         parts.append(part | {"health": attack_health(clean, saved, attacked)})
         run.keep(here.start, parts[-1])
 

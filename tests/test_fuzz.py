@@ -692,6 +692,13 @@ def flipped(file):
     file.write_bytes(data)
 
 
+def other_kinds(part):
+    """A tensor for a number, as no JSON can hold."""
+    for entry in part.get("entries", part.get("log", [])):
+        entry[sorted(entry)[-2]] = torch.zeros(1)
+    return part
+
+
 PARTS = {
     "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
     "empty": lambda file: os.truncate(file, 0),
@@ -700,6 +707,7 @@ PARTS = {
     "without anything": lambda file: torch.save({}, file),
     "without entries": lambda file: torch.save(torch.load(file) | {"entries": []}, file),
     "of tensors for entries": lambda file: torch.save(torch.load(file) | {"entries": [torch.tensor(0.0)]}, file),
+    "of other kinds": lambda file: torch.save(other_kinds(torch.load(file)), file),
     "of other pixels": lambda file: torch.save(torch.load(file) | {"pixels": torch.zeros(4, 3, 1, 1).byte()}, file),
 }
 
