@@ -239,6 +239,9 @@ def parse_flags(parser, argv, *, stage, images, batch):
     images   'train' or 'eval': which of the preset's image counts is --num_images' default; {split} likewise
     batch    'train' or 'attack': likewise for --batch_size
     """
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.encode(errors="replace").decode() != word:  # no record could hold it, and no terminal show it
+            parser.error(f"{word!r} is not text in UTF-8")
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--preset", choices=PRESETS, default="report")
     chooser.add_argument("--split", default="train")
@@ -354,7 +357,11 @@ class Run:
             self.must_equal(finished, "a finished run")  # by however many processes
             if not RANK and exists(marker) and finished["started"] in marker.read_text(errors="replace"):
                 self.tidy()  # it was killed after its last file
-            print(show(finished) + "\n" if show else "", end="")
+            try:
+                text = show(finished).encode(errors="replace").decode() + "\n" if show else ""
+            except Exception as error:  # what else it lacks, or holds of another kind
+                fail(f"{done} is damaged ({describe(error)}): make its folder again with --overwrite")
+            print(text, end="")
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
             raise SystemExit(0)
         if not RANK:
@@ -367,7 +374,7 @@ class Run:
         if unfinished and not args.overwrite:
             self.must_equal(unfinished, "an unfinished run")
         if unfinished and not self.differences(unfinished):
-            self.started, self.before = unfinished["started"], unfinished["seconds"]
+            self.started, self.before = unfinished["started"], unfinished.get("seconds", 0)
             print(f"{self.dir} holds an unfinished run: going on after its first {self.before:.0f} s")
         elif not RANK and self.partial.exists():
             shutil.rmtree(self.partial)
@@ -421,9 +428,16 @@ class Run:
         save_torch(self.partial / f"{digest(key)}.pt", value)
 
     def kept(self, key):
-        """What an earlier, killed process of this run kept under key, or None."""
+        """What an earlier, killed process of this run kept under key; None if there is nothing, or it is damaged."""
         file = self.partial / f"{digest(key)}.pt"
-        return torch.load(file, map_location="cpu", weights_only=True) if file.name in self.found else None
+        if file.name not in self.found:
+            return None
+        try:
+            with zipfile.ZipFile(file) as archive, warnings.catch_warnings(action="ignore"):
+                whole = archive.testzip() is None  # torch does not look at the checksums
+            return torch.load(file, map_location="cpu", weights_only=True) if whole else None
+        except Exception:  # a damaged file raises anything
+            return None
 
     def begin(self):
         """To be called before the first file is written: from here to finish() the folder is not complete."""
@@ -477,7 +491,9 @@ def exists(path):
 def read_record(path):
     """A metrics.json, or the start of one in .partial."""
     record, kinds = read_json(path), {"args": dict, "inputs": dict, "started": str}
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+    sound = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+    times = [record.get(key, 0) for key in ("seconds", "training_seconds")] if sound else []
+    if not sound or not all(type(time) in (int, float) and 0 <= time < 1e12 for time in times):
         fail(f"{path} is damaged: delete it, or make its folder again with --overwrite")
     return record
 
@@ -903,7 +919,9 @@ def describe(error):
 
 CONFIG = "MSCOCO_i2t"
 LARGEST_FILE, LARGEST_IMAGE = 20_000_000, 50_000_000  # bytes, pixels: bombs are not unpacked
-Image.MAX_IMAGE_PIXELS = None  # open_image() looks itself
+Image.MAX_IMAGE_PIXELS = None  # read_image() looks itself
+for handler in logging.getLogger("datasets").handlers:  # an error is raised as well, and said in one line
+    handler.addFilter(lambda record: record.levelno < logging.ERROR)
 SPLITS = {  # split, image column, caption column (a list has the positive first), start of the file names kept
     "train": ("original", "qry_image_path", "pos_text", "COCO_train2014_"),
     "eval": ("test", "qry_img_path", "tgt_text", "COCO_"),
@@ -960,16 +978,25 @@ def open_split(args, split):
         if column not in table.column_names:
             fail(f"{flag}: split {split_name} has no column {column}; it has {', '.join(table.column_names)}")
     rows, seen = [], set()
-    for row, path in enumerate(table[image_column]):
-        match = re.fullmatch(r"COCO_(?:train|val)2014_(\d{1,12})\.jpe?g", PurePosixPath(path or "").name)
+    for row, path in enumerate(read_column(flag, table, image_column)):
+        name = PurePosixPath(path).name if isinstance(path, str) else ""
+        match = re.fullmatch(r"COCO_(?:train|val)2014_([0-9]{1,12})\.jpe?g", name)
         if not match:
             fail(f"{flag}: row {row}: {image_column} {path!r} is not the path of a COCO 2014 image")
-        if match[0].startswith(wanted) and match[1] not in seen:
-            seen.add(match[1])
+        if match[0].startswith(wanted) and int(match[1]) not in seen:
+            seen.add(int(match[1]))
             rows.append((row, path, int(match[1])))
     if args.sample_seed is not None:
         rows = [rows[i] for i in np.random.default_rng(args.sample_seed).permutation(len(rows))]
     return flag, table, rows
+
+
+def read_column(flag, table, name):
+    """A column as Arrow holds it: nothing is decoded, or opened, that the data set declares its values to be."""
+    try:
+        return table.select_columns(name).with_format("arrow")[:][name].to_pylist()
+    except Exception as error:  # text that is not UTF-8, a name that comes twice, a type that only datasets knows
+        fail(f"{flag}: column {name} cannot be read: {describe(error)}")
 
 
 def load_examples(args, split, count):
@@ -983,7 +1010,7 @@ def load_examples(args, split, count):
         kind = "train2014 images" if split == "train" else "images"
         fail(f"{flag} has {len(rows)} distinct {kind} and {count} are needed: ask for fewer")
     rows, column = rows[:count], SPLITS[split][2]
-    captions = table.select([row for row, _, _ in rows])[column]
+    captions = read_column(flag, table.select([row for row, _, _ in rows]), column)
     captions = [text[0] if isinstance(text, list) and text else text for text in captions]
     for (row, _, _), text in zip(rows, captions):
         if not isinstance(text, str) or not text.strip():
@@ -994,9 +1021,9 @@ def load_examples(args, split, count):
     key = hashlib.sha256(json.dumps([reader.fingerprint, paths, size]).encode()).hexdigest()[:20]
     cache = Path(args.cache_dir) / f"{key}.npy"
     with main_first():
-        if not cache.with_suffix(".json").exists():
+        if open_cache(cache, paths, size) is None:
             decode_all(reader, size, cache, args)
-    broken = read_json(cache.with_suffix(".json"))["broken"]
+    pixels, broken = open_cache(cache, paths, size) or fail(f"{cache} was altered while it was read")
     if broken and not args.skip_bad_images:
         path, problem = next(iter(broken.items()))
         fail(f"{path}: broken image ({problem}), {len(broken)} in all; --skip_bad_images leaves them out")
@@ -1004,12 +1031,23 @@ def load_examples(args, split, count):
         print(f"{flag}: {len(broken)} broken images left out, the first {next(iter(broken))}")
     kept = [i for i, path in enumerate(paths) if path not in broken]
     return Examples(
-        pixels=np.load(cache, mmap_mode="r")[: len(kept)],
+        pixels=pixels[: len(kept)],
         captions=[captions[i].strip() for i in kept],
         coco_ids=[rows[i][2] for i in kept],
         names=[PurePosixPath(paths[i]).name for i in kept],
         skipped=list(broken),
     )
+
+
+def open_cache(cache, paths, size):
+    """What decode_all() wrote: the pixels, and {path: problem} of the broken images; None if not there, or damaged."""
+    try:
+        broken = json.loads(cache.with_suffix(".json").read_bytes())["broken"]
+        pixels = np.load(cache, mmap_mode="r")
+        sound = pixels.dtype == np.uint8 and pixels.shape == (len(paths), 3, size, size)
+        return (pixels, broken) if sound and broken.keys() <= {*paths} else None
+    except Exception:  # a damaged file raises anything
+        return None
 
 
 def decode_all(reader, size, cache, args):
@@ -1025,8 +1063,8 @@ def decode_all(reader, size, cache, args):
             return None, describe(error)
         try:
             return decode_image(data, size), None
-        except (OSError, ValueError, SyntaxError) as error:
-            return None, describe(error)
+        except ValueError as error:
+            return None, str(error)
 
     good, broken = 0, {}
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")  # others may be decoding the same images
@@ -1067,23 +1105,25 @@ def decode_image(data, size):
 
     PIL's resize to 0.01 grey levels on average, done by torch's vectorised one on the interleaved pixels.
     """
-    with open_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]) as image:  # none that starts another program
-        width, height = image.size
-        if image.mode[0] in "IF":
-            raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
-        pixels = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+    pixels = torch.from_numpy(read_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))  # none starts another program
+    height, width = pixels.shape[:2]
     shape = [size * height // min(width, height), size * width // min(width, height)]
     pixels = F.interpolate(pixels.permute(2, 0, 1)[None], shape, mode="bicubic", antialias=True)[0]
     return TF.center_crop(pixels, size).numpy()
 
 
-def open_image(data, formats):
-    """Image.open of a file's bytes; ValueError for a size that no photograph has."""
-    image = Image.open(io.BytesIO(data), formats=formats)
-    width, height = image.size
-    if width * height > LARGEST_IMAGE or max(width, height) > 50 * min(width, height):
-        raise ValueError(f"{width} x {height} pixels")
-    return image
+def read_image(data, formats):
+    """An image file's bytes -> uint8 (H, W, 3); ValueError for whatever is no photograph of 8 bits a channel."""
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            width, height = image.size
+            if width * height > LARGEST_IMAGE or max(width, height) > 50 * min(width, height):
+                raise ValueError(f"{width} x {height} pixels")
+            if image.mode[0] in "IF":
+                raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except Exception as error:  # a damaged or hostile file raises anything
+        raise ValueError(describe(error))
 
 
 class ImageReader:
@@ -1503,8 +1543,10 @@ def load_adversarial(folder, examples, args):
             return f"{file}: {describe(error)}"
         if hashlib.sha256(data).hexdigest() != checksum:
             return f"{file} was altered after it was made: its sha256 is not that of metadata.jsonl"
-        with open_image(data, ["PNG"]) as image:
-            twin = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        try:
+            twin = read_image(data, ["PNG"]).transpose(2, 0, 1)
+        except ValueError as error:
+            return f"{file}: {error}"
         twins[i] = twin if twin.shape == twins[i].shape else 0
         if linf_grey_levels(twins[i : i + 1], examples.pixels[i : i + 1])[0] > grey_levels(made["eps"]):
             return f"{file} is not in the ball around {examples.names[i]} at this size"
@@ -1615,9 +1657,12 @@ def train(args, run, clip, training, validation, make_twins, clean_loss_fn=None,
     progressed = run.kept("state") or {"log": [], "epochs": [], "validating": 0.0, "began": run.seconds()}
     log, epochs = progressed["log"], progressed["epochs"]
     if log:
-        visual.load_state_dict(progressed["visual"])
-        optimizer.load_state_dict(progressed["optimizer"])
-        restore_generators(progressed["generators"])
+        try:
+            visual.load_state_dict(progressed["visual"])
+            optimizer.load_state_dict(progressed["optimizer"])
+            restore_generators(progressed["generators"])
+        except Exception as error:  # tensors of another training raise anything
+            fail(f"{run.partial} does not hold a state of this training ({describe(error)}): --overwrite starts anew")
 
     def where(names):
         return f"images {', '.join(names)}; last good checkpoint: {run.dir / 'last.pt' if epochs else 'none yet'}"

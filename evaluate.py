@@ -328,12 +328,12 @@ class Candidates:
 def load_candidates(args, examples):
     lists = [examples.captions] * len(examples)
     if args.candidates == "mmeb":
-        _, table, rows = common.open_split(args, "eval")
+        flag, table, rows = common.open_split(args, "eval")
         row_of = {coco_id: row for row, _, coco_id in rows}
-        lists = table.select([row_of[coco_id] for coco_id in examples.coco_ids])["tgt_text"]
+        lists = common.read_column(flag, table.select([row_of[i] for i in examples.coco_ids]), "tgt_text")
         for coco_id, texts in zip(examples.coco_ids, lists):
-            if not all(isinstance(text, str) for text in texts):
-                fail(f"--eval_data {args.eval_data}: row {row_of[coco_id]}: tgt_text holds something that is no text")
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                fail(f"{flag}: row {row_of[coco_id]}: tgt_text holds something that is no text")
         lists = [[text.strip() for text in texts] for texts in lists]
     if len({text for texts in lists for text in texts}) < 2:
         fail("retrieval needs at least two different captions: raise --num_images")

@@ -1,5 +1,6 @@
 """Hostile input: a script ends in one line that says what and where, or copes; no code runs, nothing is lost."""
 
+import hashlib
 import importlib
 import io
 import json
@@ -189,6 +190,7 @@ FLAG_CASES = [
     Case("output_dir not writable", GENERATE, flag("--output_dir", "/dev/null/a"), ("--output_dir",)),
     Case("output_dir too long", GENERATE, flag("--output_dir", "{tmp}/" + "a" * 300), ("--output_dir",)),
     Case("output_dir empty", GENERATE, flag("--output_dir", ""), ("--output_dir",)),
+    Case("output_dir not UTF-8", GENERATE, flag("--output_dir", "{tmp}/\udcff"), ("\\udcff",)),
     Case("image_root missing", GENERATE, flag("--image_root", "{tmp}/none"), ("--image_root", "none")),
     Case("image_root a file", GENERATE, needs("f", "--image_root", "{tmp}/f"), ("--image_root",)),
     Case("cache_dir a file", GENERATE, needs("f", "--cache_dir", "{tmp}/f"), ("{tmp}/f",)),
@@ -382,6 +384,29 @@ def edit(change, column="qry_img_path"):
     return build
 
 
+def column(change, name="qry_img_path"):
+    """The parquet with a whole column replaced by change([values])."""
+
+    def build(place):
+        (file,) = place.data.rglob("*.parquet")
+        table = pq.read_table(file)
+        at = table.column_names.index(name)
+        pq.write_table(table.set_column(at, name, change(table[name].to_pylist())), file)
+
+    return build
+
+
+def not_utf8(values):
+    return pa.array([value.encode() + b"\xff\xed\xa0\x80" for value in values], pa.binary()).view(pa.string())
+
+
+def same_id(place):
+    """The first two rows name one image, with and without the zeros."""
+    second = pq.read_table(next(place.data.rglob("*.parquet")))["qry_img_path"][1].as_py()
+    edit(re.sub("_0+", "_", second))(place)
+    return ["--num_images", 5]
+
+
 def row_path(path):
     """The first row names the image STRANGER, which lies outside the data folder, as {outside}/NAME or otherwise."""
     return lambda place: edit(path.format(outside=place.outside, name=STRANGER))(place)
@@ -505,6 +530,11 @@ DATA_CASES = [
     Case("row path None", GENERATE, edit(lambda path: None), ("row 0",)),
     Case("row id too long", GENERATE, edit(f"a/COCO_val2014_{'9' * 5000}.jpg"), ("row 0",)),
     Case("row path in capitals", GENERATE, edit(str.upper), ("row 0",)),
+    Case("row path a list", GENERATE, column(lambda paths: pa.array([[path] for path in paths])), ("row 0",)),
+    Case("row path a number", GENERATE, column(lambda paths: pa.array([7] * len(paths))), ("row 0",)),
+    Case("row path not UTF-8", GENERATE, column(not_utf8), ("--eval_data", "qry_img_path")),
+    Case("row id of Arabic digits", GENERATE, row_path("a/COCO_val2014_" + "\u0663" * 12 + ".jpg"), ("row 0",)),
+    Case("row id twice", GENERATE, same_id, ("4 distinct images",)),
     Case("linked image", GENERATE, link(), (STRANGER,)),
     Case("linked folder", GENERATE, link(folder_too=True), (STRANGER,)),
     Case("links of the hub's cache", GENERATE, as_in_the_hubs_cache, check=finished),
@@ -656,6 +686,11 @@ def others_none(place):
     return ["--candidates", "mmeb"]
 
 
+def lists_as_text(place):
+    column(lambda lists: pa.array([texts[0] for texts in lists]), "tgt_text")(place)
+    return ["--candidates", "mmeb"]
+
+
 EMPTY = ("--eval_data", "row 0", "tgt_text")
 CAPTION_CASES = [
     Case(f"caption {name}", GENERATE, caption(text), check=one_line_each(text)) for name, text in STRANGE.items()
@@ -666,6 +701,7 @@ CAPTION_CASES += [
     Case("caption of white space", GENERATE, caption(" \t\n\u2003\u00a0"), EMPTY),
     Case("captions an empty list", GENERATE, edit(lambda captions: [], "tgt_text"), EMPTY),
     Case("candidate None", EVALUATE, others_none, EMPTY),
+    Case("candidates a text", EVALUATE, lists_as_text, EMPTY),
 ]
 
 # -- adversarial folders
@@ -807,6 +843,30 @@ def entry_with(**values):
     return metadata(lambda entry, folder, place: entry | values)
 
 
+def rewritten(data):
+    """The first twin holds other bytes, and metadata.jsonl their checksum."""
+
+    def change(entry, folder, place):
+        (folder / entry["file_name"]).write_bytes(data)
+        return entry | {"sha256": hashlib.sha256(data).hexdigest()}
+
+    return metadata(change)
+
+
+def cached(change):
+    """A cache of decoded images after change(array file)."""
+
+    def build(place):
+        words = ["--cache_dir", place.tmp / "cache"]
+        args = importlib.import_module(GENERATE).parse_args(place.words(GENERATE, words))
+        common.load_examples(args, "eval", 4)
+        change(next((place.tmp / "cache").glob("*.npy")))
+        return words
+
+    return build
+
+
+STATE = b'{"args": {}, "inputs": {}, "started": "once", "seconds": '
 LINE, PNG, METRICS = ("metadata.jsonl", "line 1"), (".png",), ("adversarial_eval/metrics.json",)
 ADVERSARIAL_CASES = [
     Case("metadata cut", JPEG, adversarial(cut), ("metadata.jsonl", "line 4")),
@@ -834,6 +894,11 @@ ADVERSARIAL_CASES = [
     Case("twin claims 60000 x 60000", JPEG, twin_bytes(large_png), PNG),
     Case("twin cut", JPEG, twin_bytes(lambda data: data[: len(data) // 2]), PNG),
     Case("twin with a damaged chunk", JPEG, twin_bytes(bad_chunk), PNG),
+    Case("twin is text, its checksum right", JPEG, rewritten(b"<html>"), PNG),
+    Case("twin claims 60000 x 60000, its checksum right", JPEG, rewritten(large_png(picture(kind="PNG"))), PNG),
+    Case("cache of images cut", GENERATE, cached(lambda file: os.truncate(file, 999)), check=finished),
+    Case("cache of images of zero bytes", GENERATE, cached(lambda file: os.truncate(file, 0)), check=finished),
+    Case("cache without its list", GENERATE, cached(lambda f: f.with_suffix(".json").write_text("[]")), check=finished),
     Case("twin of zero bytes", PGD, adversarial(lambda f, _: os.truncate(first_twin(f), 0), "train"), PNG),
     Case("record cut", JPEG, record(lambda made: json.dumps(made)[:99].encode()), METRICS),
     Case("record not UTF-8", JPEG, record(lambda made: b"\xff\xfe{}"), METRICS),
@@ -849,6 +914,8 @@ ADVERSARIAL_CASES = [
     Case("own record of strings", JPEG, own_record(b'{"args": "x", "inputs": "y"}'), ("out/metrics.json",)),
     Case("state of a killed run cut", GENERATE, unfinished(b'{"args": {'), (".partial",)),
     Case("state of a killed run a list", GENERATE, unfinished(b"[1]"), (".partial",)),
+    Case("state of a killed run with a text for seconds", GENERATE, unfinished(STATE + b'"x"}'), (".partial",)),
+    Case("state of a killed run of endless seconds", GENERATE, unfinished(STATE + b"1e999}"), (".partial",)),
     Case("record of a training empty", EVALUATE, sibling, ("mat/metrics.json",)),
 ]
 
