@@ -99,7 +99,7 @@ def parse_args(argv=None):
     )
     group.add_argument("--adversarial_dir", help="of --split eval (default: adversarial_eval beside --output_dir)")
     group = parser.add_argument_group("white-box attack: every combination is run, and the worst kept for each image")
-    group.add_argument("--attack", nargs="+", choices=["pgd", "apgd"], default=["pgd"], help="(default: pgd)")
+    group.add_argument("--attack", nargs="+", choices=["pgd", "apgd"], default=["pgd", "apgd"], help="(default: both)")
     group.add_argument(
         "--attack_loss",
         nargs="+",
