@@ -70,9 +70,9 @@ PRESETS = {  # defaults of every flag that depends on the size of the experiment
         "batch_size": {"train": 16, "attack": 64},
         "val_images": 250,
         "lr": 1e-5,
-        "online_lr": 1e-5,
         "epochs": 3,
-        "online_epochs": 3,
+        "online_images": 5000,
+        "online_lr": 1e-5,
     },
     "tiny": {
         "model": f"local-dir:{TINY}/clip",
@@ -83,9 +83,9 @@ PRESETS = {  # defaults of every flag that depends on the size of the experiment
         "batch_size": {"train": 16, "attack": 50},
         "val_images": 40,
         "lr": 1e-4,
-        "online_lr": 4e-4,
         "epochs": 3,
-        "online_epochs": 5,
+        "online_images": 1200,
+        "online_lr": 4e-4,
     },
 }
 

@@ -12,7 +12,7 @@ arXiv:2402.12336) to the original model's features. The twins are
         starting from the offline ones, or from noise with --online_start noise.
 
     python defend_clip_pgd_v2.py --batch_size 16 --lr 1e-5 --epochs 3 --loss_threshold 0.1
-    python defend_clip_pgd_v2.py --preset tiny --online_steps 3 --lr 4e-4 --epochs 5
+    python defend_clip_pgd_v2.py --preset tiny --online_steps 3 --online_start noise --num_images 1200 --lr 4e-4
 
 Files written to --output_dir (default runs/<preset>/pgd, with --online_steps runs/<preset>/online):
     best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens
@@ -33,11 +33,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("adversarial images (this script only)")
     group.add_argument("--adversarial_dir", help="of --split train (default: adversarial_train beside --output_dir)")
     group.add_argument("--online_steps", type=common.number(0), default=0, help="PGD steps a batch; 0: offline (0)")
-    # torchrun takes --start for its own --start_method
     group.add_argument(
         "--online_start",
-        "--start",
-        dest="start",
         choices=["offline", "noise"],
         default="offline",
         help="of the online steps (offline)",
@@ -62,7 +59,7 @@ def parse_args(argv=None):
 
 def main(args):
     common.check_export(args)
-    offline = args.start == "offline" or not args.online_steps
+    offline = args.online_start == "offline" or not args.online_steps
     folder = common.adversarial_folder(args, "train", args.num_images) if offline else None
     run = common.Run(args, [folder] if folder else [], show=args.export and (lambda _: common.export(args)))
     run.require_disk(common.training_bytes(args.model))

@@ -138,7 +138,7 @@ def parse_args(argv=None):
     group.add_argument("--val_images", type=number(1), help="of the trainings (default: %(default)s)")
     group.add_argument("--epochs", type=number(1), help="of the trainings (default: %(default)s)")
     group.add_argument("--lr", type=number(0, kind=float), help="of the trainings (default: %(default)s)")
-    group.add_argument("--online_epochs", type=number(1), help="of the online training (default: %(default)s)")
+    group.add_argument("--online_images", type=number(1), help="of the online training (default: %(default)s)")
     group.add_argument("--online_lr", type=number(0, kind=float), help="of the online training (default: %(default)s)")
     threshold = {"type": number(0, kind=float), "default": 0.1}
     group.add_argument("--loss_threshold", **threshold, help="of the offline caption-aware training (%(default)s)")
@@ -165,18 +165,19 @@ def reproduce(args):
     attack, training = f"{shared} batch_size", f"{shared} val_images"
     sizes = {"num_images": args.num_train_images} if "num_train_images" in given else {}
 
-    def epochs(lr, epochs):
+    def epochs(lr):
         short = f"{lr:.0e}".replace("e-0", "e-")
         lr = short if float(short) == lr else lr
-        return {"batch_size": args.train_batch_size, "lr": lr, "epochs": epochs, **sizes}
+        return {"batch_size": args.train_batch_size, "lr": lr, "epochs": args.epochs}
 
-    threshold, online = {"loss_threshold": args.loss_threshold}, {"online_steps": args.online_steps}
+    offline = {**epochs(args.lr), **sizes}
+    online = {"online_steps": args.online_steps, "online_start": "noise", "num_images": args.online_images}
     stages = [
         command("generate_pgd_adversarial.py", "adversarial_train", attack, split="train", **sizes),
         command("generate_pgd_adversarial.py", "adversarial_eval", f"{attack} num_images", split="eval"),
-        command("defend_clip_mat_v2.py", "mat", training, **epochs(args.lr, args.epochs)),
-        command("defend_clip_pgd_v2.py", "pgd", training, **epochs(args.lr, args.epochs), **threshold),
-        command("defend_clip_pgd_v2.py", "online", training, **epochs(args.online_lr, args.online_epochs), **online),
+        command("defend_clip_mat_v2.py", "mat", training, **offline),
+        command("defend_clip_pgd_v2.py", "pgd", training, **offline, loss_threshold=args.loss_threshold),
+        command("defend_clip_pgd_v2.py", "online", training, **epochs(args.online_lr), **online),
     ]
     for folder, words in stages:
         if folder.name != "online" or args.online_steps:
@@ -266,9 +267,10 @@ def refuse_leaked(clip, source, examples):
 
 def training_seconds(stages, stage):
     """Wall time of a training, the offline adversarial images included."""
-    seconds = common.read_record(stages / stage / "metrics.json").get("training_seconds", 0)
-    if stage != "mat" and (stages / "adversarial_train" / "metrics.json").exists():
-        seconds += common.read_record(stages / "adversarial_train" / "metrics.json").get("seconds", 0)
+    record, offline = common.read_record(stages / stage / "metrics.json"), stages / "adversarial_train" / "metrics.json"
+    seconds = record.get("training_seconds", 0)
+    if record.get("adversarial_dir") and offline.exists():
+        seconds += common.read_record(offline).get("seconds", 0)
     return seconds
 
 

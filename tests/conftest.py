@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, EVAL, VALIDATION = 48, 16, 8
 SMALL = ["--preset", "tiny", "--num_images", EVAL, "--num_train_images", TRAIN, "--val_images", VALIDATION]
-SMALL += ["--epochs", 2, "--steps", 8, "--qualities", 50, "--online_epochs", 2, "--online_steps", 2]
+SMALL += ["--epochs", 2, "--steps", 8, "--qualities", 50, "--online_images", TRAIN, "--online_steps", 2]
 
 
 @pytest.fixture(autouse=True)

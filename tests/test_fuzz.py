@@ -33,7 +33,7 @@ import common
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # not in the checkout
 settings.register_profile(
     "suite",
-    max_examples=15,
+    max_examples=6,
     derandomize=True,
     database=None,
     deadline=None,
