@@ -349,7 +349,8 @@ class Run:
             torch.use_deterministic_algorithms(True)
         device = pick_device(args.device)
         _, weights = find_weights(args.model, args.pretrained)
-        self.inputs = {str(path): fingerprint(path) for path in [*inputs, *([weights] if weights else [])]}
+        inputs = [*inputs, *model_files(args.model), *([weights] if weights else [])]
+        self.inputs, self.commit = {str(path): fingerprint(path) for path in inputs}, git_commit()
         done, self.partial = self.dir / "metrics.json", self.dir / ".partial"
         marker = self.partial / "run.json"
         if not args.overwrite and exists(done):
@@ -407,8 +408,9 @@ class Run:
         inputs = record["inputs"]
         said += [f"a new {path}" for path in self.inputs if inputs.get(path) != self.inputs[path]]
         said += [f"without {path}" for path in inputs.keys() - self.inputs.keys()]
-        if "argv" not in record and record.get("processes") != PROCESSES:  # of an unfinished run
-            said.append(f"{record.get('processes')} -> {PROCESSES} processes")
+        if "argv" not in record:  # of an unfinished run: the rest of it would be made by other code
+            here = {"processes": PROCESSES, "commit": self.commit}
+            said += [f"{key} {record.get(key)} -> {value}" for key, value in here.items() if record.get(key) != value]
         return ", ".join(said)
 
     def must_equal(self, record, what):
@@ -423,7 +425,7 @@ class Run:
         """Store a finished part of the work, tensors and plain values, so that a killed run goes on after it."""
         self.partial.mkdir(exist_ok=True)
         if not RANK:
-            record = {"args": vars(self.args), "inputs": self.inputs, "processes": PROCESSES}
+            record = {"args": vars(self.args), "inputs": self.inputs, "processes": PROCESSES, "commit": self.commit}
             write_json(self.partial / "run.json", record | {"started": self.started, "seconds": self.seconds()})
         save_torch(self.partial / f"{digest(key)}.pt", value)
 
@@ -458,7 +460,7 @@ class Run:
             "argv": sys.argv,
             "args": vars(self.args),
             "inputs": self.inputs,
-            "commit": git_commit(),
+            "commit": self.commit,
             "versions": versions | {"python": platform.python_version()},
             "device": f"{device} ({torch.cuda.get_device_name(device) if on_gpu else platform.machine()})",
             "processes": PROCESSES,
@@ -832,6 +834,14 @@ def training_bytes(name):
     finally:
         logging.disable(logging.NOTSET)
     return 9 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def model_files(source):
+    """The files of weights behind local-dir:DIR or a path; none behind another name."""
+    if source.startswith("local-dir:"):
+        files = Path(source.removeprefix("local-dir:")).glob("*")
+        return sorted(file for file in files if file.suffix in (".safetensors", ".bin", ".pt"))
+    return [Path(source)] if Path(source).is_file() else []
 
 
 def load_clip(args, source=None):

@@ -814,7 +814,7 @@ def main(args):
     transfer_dir = common.adversarial_folder(args, "eval", args.num_images)
     trained = {name: folder for name, folder in TRAINED.items() if (stages / folder / "metrics.json").exists()}
     inputs = [transfer_dir, *(stages / folder for folder in trained.values())]
-    inputs += [Path(source) for _, source in args.checkpoint if not source.startswith(("local-dir:", "hf-hub:"))]
+    inputs += [file for _, source in args.checkpoint for file in common.model_files(source)]
     run = common.Run(args, inputs, show=console_table)
     for name in TRAINED.keys() - trained.keys():
         print(f"no finished run in {stages / TRAINED[name]}: the row {name} is left out")
@@ -860,9 +860,10 @@ def main(args):
         draw_examples(run.dir / "examples.png", examples, original_worst, rows[0].clip)
         draw_histograms(run.dir / "histogram.png", shown)
         draw_table(run.dir / "table.png", shown)
+    (run.dir / "eps_curves.png").unlink(missing_ok=True)  # of a run before
     if args.sanity and not common.RANK:
         draw_eps_curves(run.dir / "eps_curves.png", shown)
-        print("\n" + "\n".join(sanity_lines(record)))
+        print("\n".join(["", *(textwrap.fill(line, 80, subsequent_indent=" " * 7) for line in sanity_lines(record))]))
     run.finish(rows[0].clip.device, **record)
     print(f"\n{console_table(shown)}\n\nin {run.dir}: table.md, metrics.json, {', '.join(figures)}")
 

@@ -1,13 +1,16 @@
 import contextlib
 import io
 import json
+import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, EVAL, VALIDATION = 48, 16, 8

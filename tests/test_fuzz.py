@@ -688,7 +688,7 @@ PARTS = {
 def test_a_damaged_part_of_a_killed_run_is_made_again_to_the_same_numbers(script, damage):
     with Place() as place:
         out = place.copy(f"killed_{FINISHED[script]}", "out")
-        (file,) = (out / ".partial").glob("*.pt")
+        file = min((out / ".partial").glob("*.pt"))
         PARTS[damage](file)
         survives("pinned", place, lambda: main(script, arguments(ground()[1], script, out)), [".partial"])
         made, sound = json.loads((out / "metrics.json").read_text()), record_of(FINISHED[script])

@@ -22,18 +22,8 @@ NO_DRAWING = "Figure.savefig = Figure.tight_layout = lambda *_, **__: None"  # w
 STAGES = ["adversarial_train", "adversarial_eval", "mat", "pgd", "online"]
 SMALL = ["--preset", "tiny", "--steps", 2, "--sanity", "--sanity_images", 2, "--num_images", EVAL, "--qualities", 50]
 SMALL += ["--batch_size", BATCH]
-TRAINING = [
-    "--num_train_images",
-    TRAIN,
-    "--val_images",
-    3,
-    "--epochs",
-    1,
-    "--online_images",
-    TRAIN,
-    "--online_steps",
-    1,
-]
+TRAINING = ["--num_train_images", TRAIN, "--val_images", 3, "--epochs", 1, "--online_images", TRAIN]
+TRAINING += ["--online_steps", 1, "--attack", "pgd"]
 
 
 def launch(folder, *commands, code=0):

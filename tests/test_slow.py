@@ -1,4 +1,4 @@
-"""By hand, python -m pytest -m slow: ViT-L/14 through the scripts.
+"""By hand, python -m pytest -m slow -n 0: ViT-L/14 through the scripts.
 
 It has random weights: one PGD step and one training step on 2 images, for finite figures, the ball, and the time and
 peak memory that the README gives. It needs 8 GB of memory and 6 GB of disk for a moment.
