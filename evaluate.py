@@ -512,7 +512,7 @@ def sanity(row, examples, transfer, candidates, args, means, run=None):
     checks = []
 
     steps, inside, (least, most), text = args.steps, False, (low, high), f"{args.steps} steps {figure:.3f}"
-    while not inside and steps < 125 * args.steps:  # until five times the steps change little
+    while not inside and steps < 25 * args.steps:  # until five times the steps change little
         scored = attacked(steps=5 * steps)[1]
         inside = least <= mean(scored) <= most
         least, most = interval(scored["similarity"], args.seed)
