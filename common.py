@@ -377,6 +377,8 @@ class Run:
         if unfinished and not self.differences(unfinished):
             self.started, self.before = unfinished["started"], unfinished.get("seconds", 0)
             print(f"{self.dir} holds an unfinished run: going on after its first {self.before:.0f} s")
+            if unfinished.get("commit") != self.commit:
+                print(f"note: it was begun by other code, commit {unfinished.get('commit')}; this is {self.commit}")
         elif not RANK and self.partial.exists():
             shutil.rmtree(self.partial)
         barrier()
@@ -408,9 +410,8 @@ class Run:
         inputs = record["inputs"]
         said += [f"a new {path}" for path in self.inputs if inputs.get(path) != self.inputs[path]]
         said += [f"without {path}" for path in inputs.keys() - self.inputs.keys()]
-        if "argv" not in record:  # of an unfinished run: the rest of it would be made by other code
-            here = {"processes": PROCESSES, "commit": self.commit}
-            said += [f"{key} {record.get(key)} -> {value}" for key, value in here.items() if record.get(key) != value]
+        if "argv" not in record and record.get("processes") != PROCESSES:  # of an unfinished run
+            said.append(f"{record.get('processes')} -> {PROCESSES} processes")
         return ", ".join(said)
 
     def must_equal(self, record, what):

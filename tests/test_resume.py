@@ -60,6 +60,7 @@ ALL_OF_IT |= {"evaluation": ("common.Run.keep", 3)}  # a call that only a run fr
 
 def run_child(words, fault, stdout, stderr):
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore Ctrl-C
     if fault:
         owner, _, name = fault.at.rpartition(".")
         setattr(resolve_name(owner), name, faulty(getattr(resolve_name(owner), name), fault))
