@@ -11,8 +11,6 @@ Files written to --output_dir (default runs/<preset>/mat):
     best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens
     log.jsonl          one line per step
     metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
---export DIR, of a finished run, too: best.pt as the model local-dir:DIR of open_clip, and DIR/image_tower.pt2 for
-torch.export.load and torch.onnx, float32 (B, 3, S, S) in [0, 1] to unit-norm features.
 """
 
 import numpy as np
@@ -20,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 import common
+from common import as_images, contrastive_loss
 
 BRIGHTNESS = CONTRAST = 0.2  # factors are uniform in 1 +- this
 BLUR_RADII = 0.1, 2.0  # standard deviation of the Gaussian, pixels
@@ -27,9 +26,9 @@ NOISE_SIGMA = 15 / 255
 
 
 def parse_args(argv=None):
-    parser = common.make_parser(__doc__)
+    parser = common.make_parser(__doc__, batch_size=16)
     common.add_train_args(parser)
-    return common.parse_flags(parser, argv, stage="mat", images="train", batch="train")
+    return common.parse_flags(parser, argv, lambda _: "mat", lambda _: "train")
 
 
 def augment(images, seeds):
@@ -60,19 +59,29 @@ def gaussian_blur(images, sigma):
 
 
 def main(args):
-    common.check_export(args)
-    run = common.Run(args, show=args.export and (lambda _: common.export(args)))
-    run.require_disk(common.training_bytes(args.model))
+    run = common.Run(args)
+    if run.finished:
+        return
     training, validation = common.load_training_sets(args)
     clip = common.load_clip(args)
+    trainer = common.Trainer(args, run, clip, training, validation)
+    optimizer, visual, pixels = trainer.optimizer, clip.model.visual, training["pixels"]
+    trainer.announce()
 
-    def make_twins(step, indices, images):
-        return augment(images, [[args.seed, step, index] for index in indices])
+    for step, batch, mine in trainer:
+        images = as_images(pixels[mine], clip.device)  # (B, 3, H, W), of this process
+        images_aug = augment(images, [[args.seed, step, index] for index in mine])
 
-    record = common.train(args, run, clip, training, validation, make_twins)
-    run.finish(clip.device, **record)
-    if args.export:
-        print(common.export(args))
+        features = trainer.encode(images, images_aug)  # clean, augmented: (B, D) each, of all processes
+        clean_loss, aug_loss = (contrastive_loss(x[: len(batch)], *trainer.candidates(step, batch)) for x in features)
+        loss = (clean_loss + aug_loss) / 2
+
+        optimizer.zero_grad(set_to_none=True)
+        (loss * common.PROCESSES).backward()  # each has its own images' part of the gradient; DDP takes the mean
+        grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), common.MAX_GRAD_NORM)
+        optimizer.step()
+        trainer.end_step(loss=loss, clean_loss=clean_loss, twin_loss=aug_loss, grad_norm=grad_norm)
+    trainer.finish()
 
 
 if __name__ == "__main__":

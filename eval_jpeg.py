@@ -13,59 +13,114 @@ Files written to --output_dir (default runs/<preset>/jpeg):
     metrics.json   similarity of each condition, with per-image values
 """
 
+import io
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
 import common
-from common import attack_all, encode_all, jpeg, load_clip, load_examples, own_caption
+from common import as_images, own_caption
 
 
 def parse_args(argv=None):
     parser = common.make_parser(__doc__)
-    group = parser.add_argument_group("JPEG (this script only)")
-    group.add_argument(
-        "--qualities", type=common.number(1, 95), nargs="+", default=[75, 50, 30], help="1 to 95 (default: 75 50 30)"
-    )
-    group.add_argument("--adversarial_dir", help="of --split eval (default: adversarial_eval beside --output_dir)")
-    return common.parse_flags(parser, argv, stage="jpeg", images="eval", batch="attack")
+    flag = parser.add_argument_group("JPEG (this script only)").add_argument
+    flag("--qualities", type=common.number(1, 95), nargs="+", default=[75, 50, 30], help="1 to 95")
+    flag("--adversarial_dir", help="of --split eval; if not given, adversarial_eval beside --output_dir")
+    return common.parse_flags(parser, argv, lambda _: "jpeg", lambda _: "eval")
+
+
+def jpeg(images, quality):
+    """Images through Pillow's JPEG encoder and decoder: the real bytes of the rounded image.
+
+    images    (B, 3, H, W) float32 in [0, 1]
+    quality   Pillow's, 1 to 95; one number, or one per image
+    returns   the same shape; the gradient is passed straight through (BPDA, Athalye et al. 2018, arXiv:1802.00420)
+    """
+
+    def round_trip(image, quality):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=int(quality))
+        return np.asarray(Image.open(buffer))
+
+    pixels = (images.detach() * 255).round().byte().cpu().permute(0, 2, 3, 1).numpy()
+    decoded = np.stack([round_trip(*pair) for pair in zip(pixels, np.broadcast_to(quality, len(pixels)))])
+    return images + (as_images(decoded.transpose(0, 3, 1, 2), images.device) - images).detach()
+
+
+def differentiable_jpeg(images, quality):
+    """jpeg() with a gradient that knows of the quantisation: (B, 3, H, W) float32 in [0, 1], both ways.
+
+    Baseline JPEG as Pillow writes it (4:2:0) and libjpeg reads it, in floats. Coefficients are rounded in the forward
+    pass; the backward pass takes the derivative of the cubic of Shin & Song 2017 ("JPEG-resistant adversarial images"),
+    which tells which coefficients a small change can move.
+    """
+    height, width = images.shape[2:]
+    x = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate") * 255
+    to_ycc = x.new_tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+    luma, *chroma = torch.einsum("ij,bjhw->bihw", to_ycc, x).split(1, 1)
+    n = torch.arange(8, device=x.device)
+    dct = torch.cos((2 * n[None] + 1) * n[:, None] * math.pi / 16) * 0.5  # (8, 8), orthonormal
+    dct[0] = 8**-0.5
+    tables = [quantisation_tables(int(q)) for q in np.broadcast_to(quality, len(x))]
+
+    def quantise(plane, kind):  # (B, 1, H, W)
+        table = x.new_tensor([pair[kind] for pair in tables]).view(-1, 1, 1, 8, 8)
+        blocks = plane[:, 0].unfold(1, 8, 8).unfold(2, 8, 8)  # (B, H / 8, W / 8, 8, 8)
+        c = dct @ blocks @ dct.T / table
+        rounded = c.round().detach()
+        cubic = (c - rounded) ** 3
+        blocks = dct.T @ ((rounded + cubic - cubic.detach()) * table) @ dct
+        return blocks.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)[:, None]
+
+    planes = [quantise(luma - 128, 0) + 128]
+    for plane in chroma:
+        half = quantise(F.avg_pool2d(plane, 2), 1)
+        planes.append(F.interpolate(half, scale_factor=2, mode="bilinear", align_corners=False))
+    rgb = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(to_ycc), torch.cat(planes, 1))
+    return (rgb[..., :height, :width] / 255).clamp(0, 1)
+
+
+def quantisation_tables(quality):
+    """Pillow's luma and chroma tables of a quality, 64 numbers each, row by row."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG", quality=quality)
+    return [list(table) for table in Image.open(buffer).quantization.values()]
 
 
 def main(args):
-    folder = common.adversarial_folder(args, "eval", args.num_images)
+    folder = common.adversarial_folder(args, "eval", "--num_images", args.num_images)
     run = common.Run(args, [folder])
-    examples = load_examples(args, "eval", args.num_images)
-    run.require_disk(1.1 * len(args.qualities) * examples.pixels.nbytes)
-    clip = load_clip(args)
-    transfer = common.load_adversarial(folder, examples, args)
-    text_features = clip.encode_text(examples.captions)
-    print(f"{len(examples)} images       clean  transfer  adaptive")
-    qualities, health = {}, {}
+    if run.finished:
+        return
+    examples = common.load_examples(args, "eval", range(args.num_images))
+    pixels, transfer = examples["pixels"], common.load_adversarial(folder, examples, args)
+    run.require_disk(1.1 * len(args.qualities) * transfer.nbytes)
+    clip = common.load_clip(args)
+    text_features = clip.encode_text(examples["caption"][:])
+    run.begin()
+    common.announce(clip, pixels, text_features, len(args.qualities) * len(pixels) * args.steps)
+    attack, qualities, health = common.Attack(args.eps, args.alpha, args.steps, args.seed), {}, {}
+    print(f"{len(pixels)} images       clean  transfer  adaptive")
     for q in args.qualities:
 
         def through(encode_image, q=q):
             return lambda images: encode_image(jpeg(images, q))
 
         loss_at = own_caption(through(clip.frozen()), text_features)
-        if kept := run.kept(q):
-            adaptive, health[q] = kept["pixels"], kept["health"]
-        else:
-            adaptive, health[q] = attack_all(loss_at, examples, args, what=f"JPEG {q}")
-            if not common.RANK:
-                run.keep(q, {"pixels": adaptive, "health": health[q]})
-        conditions = {"clean": examples.pixels, "transfer": transfer, "adaptive": adaptive}
+        adaptive, health[q] = common.attack_all(attack, loss_at, pixels, clip, run=run, what=f"JPEG {q}")
+        conditions = {"clean": pixels, "transfer": transfer, "adaptive": adaptive}
         per_image = {
-            name: (encode_all(through(clip.encode_image), pixels, args) * text_features).sum(-1).tolist()
-            for name, pixels in conditions.items()
+            name: (clip.encode_pixels(x, through(clip.encode_image)) * text_features).sum(-1).tolist()
+            for name, x in conditions.items()
         }
-        mean = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}
-        qualities[q] = mean | {"per_image": per_image}
-        print(f"JPEG quality {q:<6}" + "".join(f"{value:10.4f}" for value in mean.values()), flush=True)
-    run.begin()
-    run.finish(
-        clip.device,
-        n=len(examples),
-        qualities=qualities,
-        attack=health,
-        coco_ids=examples.coco_ids,
-        skipped_images=examples.skipped,
-    )
+        means = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}
+        qualities[q] = means | {"per_image": per_image}
+        print(f"JPEG quality {q:<6}" + "".join(f"{value:10.4f}" for value in means.values()), flush=True)
+    run.finish(clip.device, n=len(pixels), qualities=qualities, attack=health, coco_ids=examples["coco_id"][:])
 
 
 if __name__ == "__main__":

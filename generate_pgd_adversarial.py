@@ -15,98 +15,70 @@ Files written to --output_dir (default runs/<preset>/adversarial_<split>):
 """
 
 import hashlib
-import io
 import json
-from collections import deque
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
 
 import common
-from common import attack_batches, attack_health, encode_all, linf_grey_levels, load_clip, load_examples, own_caption
 
 
 def parse_args(argv=None):
     parser = common.make_parser(__doc__)
-    group = parser.add_argument_group("generation (this script only)")
-    group.add_argument("--split", choices=["train", "eval"], default="train", help="images to attack (default: train)")
-    group.add_argument("--no_random_start", action="store_true", help="start at the image itself")
-    return common.parse_flags(parser, argv, stage="adversarial_{split}", images="{split}", batch="attack")
+    flag = parser.add_argument_group("generation (this script only)").add_argument
+    flag("--split", choices=["train", "eval"], default="train", help="images to attack")
+    stage = "adversarial_{}".format
+    return common.parse_flags(parser, argv, lambda chosen: stage(chosen.split), lambda chosen: chosen.split)
 
 
 def write_png(path, pixels):
     """Write uint8 (3, H, W); returns what the file holds, and its sha256."""
     image = Image.fromarray(pixels.transpose(1, 2, 0))
-    # level 6 saves 5 % for 30 % more time
-    common.replace_file(path, lambda temporary: image.save(temporary, "PNG", compress_level=1))
+    common.replace_file(path, lambda file: image.save(file, "PNG", compress_level=1))  # 6 saves 5 % for 30 % more time
     data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as saved:
-        return np.asarray(saved).transpose(2, 0, 1), hashlib.sha256(data).hexdigest()
-
-
-def unaltered(path, checksum):
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == checksum
+    return common.read_image(data, ["PNG"]).transpose(2, 0, 1), hashlib.sha256(data).hexdigest()
 
 
 def main(args):
     run = common.Run(args)
-    examples = load_examples(args, args.split, args.num_images)
-    run.require_disk(1.1 * examples.pixels.nbytes)
-    clip = load_clip(args)
-    folder = run.dir / "images"
-    if folder.exists() and any(folder.iterdir()) and not (run.dir / ".run").exists():
-        common.fail(f"{folder} holds files that this script did not make: give another --output_dir")
-    # no COCO_val2014_ in the names: load_dataset would take val for a split and then miss metadata.jsonl
-    files = [f"images/{coco_id:012d}.png" for coco_id in examples.coco_ids]
+    if run.finished:
+        return
+    examples = common.load_examples(args, args.split, range(args.num_images))
+    pixels, captions, ids = examples["pixels"], examples["caption"][:], examples["coco_id"][:]
+    run.require_disk(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run keeps
+    clip = common.load_clip(args)
+    text_features = clip.encode_text(captions)
     run.begin()
+    files = [common.twin_name(coco_id) for coco_id in ids]
     if not common.RANK:
-        folder.mkdir(exist_ok=True)
-        for stale in {*folder.iterdir()} - {run.dir / name for name in files}:  # of a run with more images
-            stale.unlink()
-    common.barrier()
-    text_features = clip.encode_text(examples.captions)
-    settled, parts = {}, []
+        (run.dir / "images").mkdir(exist_ok=True)
+        for stale in {*(run.dir / "images").glob("[0-9]*.png")} - {run.dir / file for file in files}:
+            stale.unlink()  # of a run with more images
+    common.gather()
+    common.announce(clip, pixels, text_features, len(pixels) * args.steps)
 
-    for start in range(len(files)):  # what a killed run of these flags has done
-        part = run.kept(start)
-        if part and all(unaltered(run.dir / e["file_name"], e["sha256"]) for e in part["entries"]):
-            settled[start] = start + len(part["entries"])
-            parts.append(part)
-
-    def settle(here, written, attacked):
-        """Measure a batch on its saved files."""
-        saved, checksums = zip(*written)
-        saved, own, clean = np.stack(saved), text_features[here], examples.pixels[here]
-        cosines = [(encode_all(clip.encode_image, p, args) * own).sum(-1).tolist() for p in (clean, saved)]
-        linf = linf_grey_levels(clean, saved).tolist()
-        columns = files[here], examples.captions[here], examples.coco_ids[here], *cosines, linf, checksums
-        keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf", "sha256"
-        part = {"entries": [dict(zip(keys, row)) for row in zip(*columns)]}
-        parts.append(part | {"health": attack_health(clean, saved, attacked)})
-        run.keep(here.start, parts[-1])
-
-    loss_at = own_caption(clip.frozen(), text_features)
-    batches = attack_batches(loss_at, examples, args, random_start=not args.no_random_start, settled=settled)
-    pending, began, before = deque(), run.seconds(), sum(len(part["entries"]) for part in parts)
-    # the next batch is attacked while this one is written and measured
-    with ThreadPoolExecutor(args.num_workers) as pool, ThreadPoolExecutor(1) as measuring:
-        for here, pixels_adv, attacked in batches:
-            paths = [run.dir / name for name in files[here]]
-            written = pool.map(write_png, paths, pixels_adv.numpy())
-            pending.append(measuring.submit(settle, here, written, attacked))
-            if len(pending) > 2:
-                pending.popleft().result()
-        for measured in pending:
-            measured.result()
-    parts = {part["entries"][0]["file_name"]: part for share in common.gather(parts) for part in share}
-    entry_of = {entry["file_name"]: entry for part in parts.values() for entry in part["entries"]}
-    entries, health = [entry_of[name] for name in files], common.sum_health([p["health"] for p in parts.values()])
-    finished = run.seconds()
+    attack = common.Attack(args.eps, args.alpha, args.steps, args.seed)
+    loss_at, began, entries, healths = common.own_caption(clip.frozen(), text_features), time.perf_counter(), [], []
+    with ThreadPoolExecutor(args.num_workers) as pool:
+        for here, pixels_adv, health in common.attack_images(attack, loss_at, pixels, clip, run):
+            paths = [run.dir / file for file in files[here]]
+            saved, checksums = zip(*pool.map(write_png, paths, pixels_adv.numpy()))
+            both = pixels[here], np.stack(saved)
+            cosines = [(clip.encode_pixels(x) * text_features[here]).sum(-1).tolist() for x in both]
+            linf = common.linf_grey_levels(*both).tolist()
+            keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf", "sha256"
+            columns = files[here], captions[here], ids[here], *cosines, linf, checksums
+            entries += [dict(zip(keys, row)) for row in zip(*columns)]
+            healths.append(health)
+    shares = common.gather((entries, healths))
+    entry_of = {entry["file_name"]: entry for share, _ in shares for entry in share}
+    entries, health = [entry_of[file] for file in files], common.sum_health([h for _, share in shares for h in share])
+    seconds = time.perf_counter() - began
+    if not common.RANK:
+        common.save(run.dir / "metadata.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
     clean, adversarial = (np.array([e[f"{kind}_similarity"] for e in entries]) for kind in ("clean", "adversarial"))
-    if not common.RANK:
-        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-        common.write_text(run.dir / "metadata.jsonl", lines)
     run.finish(
         clip.device,
         n=len(entries),
@@ -114,8 +86,7 @@ def main(args):
         adversarial_similarity=adversarial.mean(),
         share_lowered=(adversarial < clean).mean(),
         attack=health,
-        images_per_s=(len(entries) - before) / (finished - began),
-        skipped_images=examples.skipped,
+        images_per_s=len(entries) / seconds,
     )
     print(
         f"{run.dir}: {len(entries)} images, similarity {clean.mean():.4f} -> {adversarial.mean():.4f}, lowered on "
