@@ -49,12 +49,13 @@ import numpy as np
 import open_clip
 import torch
 import torchvision
-import torchvision.transforms.functional as TF
 from fsspec.implementations.zip import ZipFileSystem
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import distributed
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.transforms import Compose
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -192,7 +193,7 @@ SHARED += " eps alpha steps seed"
 def run_script(script, args, stage, *words, flags=SHARED):
     """Run another script with the flags that args has from the user, as the command that a user would type."""
     default = parse_flags(make_parser(""), ["--preset", args.preset], lambda _: stage, lambda _: "train")
-    words = [script, *map(str, words), *(["--preset", args.preset] if args.preset != "report" else [])]
+    words = [script, *(["--preset", args.preset] if args.preset != "report" else []), *map(str, words)]
     for name in flags.split():
         value = getattr(args, name)
         if value != getattr(default, name):
@@ -509,6 +510,7 @@ class Clip(torch.nn.Module):
     arch        the name that open_clip built it from; travels in checkpoints
     batch_size  images at a time
     bf16        whether gradients are computed in it; what is scored is fp32 always
+    geometry    open_clip's preprocessing up to the pixels: size, interpolation, resize_mode, ...; plain values
     train_ids   COCO ids that its weights were trained on, a set
     """
 
@@ -517,11 +519,9 @@ class Clip(torch.nn.Module):
         self.model, self.arch, self.device, self.batch_size = model.to(device).eval(), arch, device, batch_size
         able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = precision == "bf16" or (precision == "auto" and able)
-        preprocess = open_clip.get_model_preprocess_cfg(model)
-        if (preprocess["resize_mode"], preprocess["interpolation"]) != ("shortest", "bicubic"):
-            raise ValueError(f"it wants {preprocess['interpolation']} {preprocess['resize_mode']} resizing: not supported")
-        for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(preprocess[key], device=device).view(3, 1, 1))
+        self.geometry = dict(open_clip.get_model_preprocess_cfg(model))
+        for key in ("mean", "std"):  # part of the model: what is attacked are pixels
+            self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
         self.tokenizer, self.text_cache, self.train_ids = open_clip.get_tokenizer(arch), {}, train_ids
 
     @property
@@ -676,17 +676,14 @@ def pick_device(name):
         return device
 
 
-def model_config(name):
-    """open_clip's configuration of a model: (side of its square images, whether it has QuickGELU)."""
+def has_quick_gelu(name):
+    """Whether open_clip builds a model with QuickGELU; ends with one line if there is no such model."""
     with about(f"--model {name}"):
         config = open_clip.get_model_config(name)
         if config is None:
             raise ValueError("open_clip has no such model; open_clip.list_models() lists them, and local-dir:DIR or "
                              "hf-hub:ORG/NAME work too")  # fmt: skip
-        size = config["vision_cfg"].get("image_size", 224)
-        if not isinstance(size, int) or not 0 < size < 10_000:
-            raise ValueError(f"vision_cfg asks for images of {size} pixels: one side of square images is supported")
-        return size, bool(config.get("quick_gelu", False))
+        return bool(config.get("quick_gelu", False))
 
 
 def model_files(source):
@@ -705,12 +702,10 @@ def load_clip(args, source=None):
     name, pretrained, over = args.model, args.pretrained, source and Path(source)
     if source and source.startswith(("local-dir:", "hf-hub:")):
         name, pretrained, over = source, "", None
-    size, quick = model_config(name)
+    quick = has_quick_gelu(name)
     tag = find_tag(name, pretrained, quick)
     file = Path(pretrained) if tag is None and pretrained not in ("", "random") else None
     own = bool(tag) or pretrained == ""
-    if size != model_config(args.model)[0]:
-        fail(f"{name} takes images of {size} pixels, and --model {args.model} others: one table, one size")
     torch.manual_seed(args.seed)  # random weights are the same in every script
     logging.disable(logging.WARNING)  # that weights were not loaded yet, or not asked for
     with about(f"cannot load {name} {pretrained}"):
@@ -836,19 +831,18 @@ def open_table(source, split, cache_dir):
     return datasets.Dataset.from_parquet(list(files), cache_dir=cache_dir)
 
 
-def load_examples(args, split, span):
-    """Images of a split: a datasets.Dataset of pixels uint8 (3, S, S), caption, texts, coco_id, path.
+def load_examples(args, split, span, geometry):
+    """Images of a split: a datasets.Dataset of pixels uint8 (3, H, W), caption, texts, coco_id, path.
 
-    span   range of the split's distinct images
-    Decoded once at the size of --model, kept under --cache_dir, memory-mapped.
+    span       range of the split's distinct images
+    geometry   that of a Clip; decoded once for each, kept under --cache_dir, memory-mapped
     """
     rows, source = load_rows(args, split), getattr(args, f"{split}_data")
-    size, _ = model_config(args.model)
     with about(f"--{split}_data {source}"):
         if len(rows) < span.stop:
             kind = "train2014 images" if split == "train" else "images"
             raise ValueError(f"it has {len(rows)} distinct {kind} and {span.stop} are needed: ask for fewer")
-        examples = decode_rows(args, split, rows.select(span), size)
+        examples = decode_rows(args, split, rows.select(span), geometry)
         problems = examples["problem"][:]
         broken = [f"{path} ({problem})" for path, problem in zip(examples["path"], problems) if problem]
         if broken and not args.skip_bad_images:
@@ -861,30 +855,32 @@ def load_examples(args, split, span):
         return examples.with_format("numpy", columns=["pixels"], output_all_columns=True, dtype=np.uint8)
 
 
-def decode_rows(args, split, rows, size):
+def decode_rows(args, split, rows, geometry):
     """rows with their pixels, captions, and the problem of each broken image, "" for a sound one; cached."""
-    source = args.image_root or getattr(args, f"{split}_data")
     if args.image_root and not os.path.isdir(args.image_root):
         fail(f"--image_root {args.image_root} is not a folder")
-    reader = ImageReader(source, rows["path"][:], whole=split == "train")
+    reader = ImageReader(args.image_root or getattr(args, f"{split}_data"), rows["path"][:], whole=split == "train")
+    transform = to_geometry(geometry)
+    shape = transform(Image.new("RGB", (64, 64))).shape
     kinds = {"caption": datasets.Value("string"), "problem": datasets.Value("string")}
-    kinds = datasets.Features(rows.features | kinds | {"pixels": datasets.Array3D((3, size, size), "uint8")})
+    kinds = datasets.Features(rows.features | kinds | {"pixels": datasets.Array3D(shape, "uint8")})
 
     def decode(row):
-        pixels, problem = np.zeros((3, size, size), np.uint8), ""
+        pixels, problem = np.zeros(shape, np.uint8), ""
         try:
-            pixels = decode_image(reader.read(row["path"]), size)
+            pixels = transform(read_image(reader.read(row["path"]), ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
         except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
             problem = describe(error)
             if not args.skip_bad_images:
                 fail(f"{row['path']}: broken image ({problem}); --skip_bad_images leaves such images out")
         return {"caption": row["texts"][0], "pixels": pixels, "problem": problem}
 
-    key = digest([reader.stamp, rows["path"][:], rows["texts"][:], size])
+    key = digest([reader.stamp, rows["path"][:], rows["texts"][:], geometry])
     cache = Path(args.cache_dir, f"{key}.arrow")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    if not cache.exists() and shutil.disk_usage(cache.parent).free < 1.1 * len(rows) * 3 * size**2:
-        fail(f"{cache.parent} has no room for {len(rows)} images of {size} pixels: make room, or give --cache_dir")
+    there = cache.exists()
+    if not there and shutil.disk_usage(cache.parent).free < 1.1 * len(rows) * math.prod(shape):
+        fail(f"{cache.parent} has no room for {len(rows)} images of {shape[2]} pixels: make room, or give --cache_dir")
 
     def decoded():
         options = {"cache_file_name": str(cache), "new_fingerprint": key, "writer_batch_size": 64, "desc": "decode"}
@@ -892,7 +888,6 @@ def decode_rows(args, split, rows, size):
 
     if RANK:
         gather()  # rank 0 decodes first, and the others find it done
-    there = cache.exists()
     try:
         examples = decoded()
     except (ValueError, OSError):
@@ -905,17 +900,15 @@ def decode_rows(args, split, rows, size):
     return examples
 
 
-def decode_image(data, size):
-    """The bytes of an image file -> uint8 (3, size, size): bicubic resize of the short side, centre crop."""
-    pixels = torch.from_numpy(read_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))  # none starts another program
-    height, width = pixels.shape[:2]
-    shape = [size * height // min(width, height), size * width // min(width, height)]
-    pixels = F.interpolate(pixels.permute(2, 0, 1)[None], shape, mode="bicubic", antialias=True)[0]
-    return TF.center_crop(pixels, size).numpy()
+def to_geometry(geometry):
+    """open_clip's own preprocessing up to the pixels: PIL image -> uint8 (3, H, W)."""
+    transforms = image_transform_v2(PreprocessCfg(**geometry), is_train=False).transforms
+    resize = Compose(transforms[:-2])  # all but to float, and the normalisation
+    return lambda image: np.asarray(resize(image)).transpose(2, 0, 1)
 
 
 def read_image(data, formats):
-    """An image file's bytes -> uint8 (H, W, 3); ValueError for whatever is no photograph of 8 bits a channel."""
+    """An image file's bytes -> PIL image, RGB; ValueError for whatever is no photograph of 8 bits a channel."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             width, height = image.size
@@ -923,7 +916,7 @@ def read_image(data, formats):
                 raise ValueError(f"{width} x {height} pixels")
             if image.mode[0] in "IF":
                 raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
-            return np.array(image.convert("RGB"))
+            return image.convert("RGB")
     except Exception as error:  # a damaged or hostile file raises anything
         raise ValueError(describe(error)) from None
 
@@ -993,21 +986,21 @@ def match_files(paths, names):
     return {path: max(names, key=partial(common_end, path)) for path, names in same.items() if names}
 
 
-def load_training_sets(args):
+def load_training_sets(args, geometry):
     """--num_images training images and the --val_images after them.
 
     Ends with one line unless no evaluation image is among them, by COCO id (all rows of the evaluation split) and by
     decoded pixels (the rows that the preset's table uses).
     """
     last = args.num_images + args.val_images
-    training = load_examples(args, "train", range(args.num_images))
-    validation = load_examples(args, "train", range(args.num_images, last))
+    training = load_examples(args, "train", range(args.num_images), geometry)
+    validation = load_examples(args, "train", range(args.num_images, last), geometry)
     evaluated = load_rows(args, "eval")
     both = datasets.concatenate_datasets([training, validation])
     if shared := {*both["coco_id"]} & {*evaluated["coco_id"]}:
         fail(f"leakage: {len(shared)} COCO ids of --eval_data {args.eval_data} are among the training images, such as "
              f"{min(shared)}")  # fmt: skip
-    used = load_examples(args, "eval", range(min(len(evaluated), preset(args.preset)["eval_images"])))
+    used = load_examples(args, "eval", range(min(len(evaluated), preset(args.preset)["eval_images"])), geometry)
     path_of = {row["pixels"].tobytes(): row["path"] for row in used}
     for row in both:
         if twin := path_of.get(row["pixels"].tobytes()):
@@ -1230,7 +1223,7 @@ def load_adversarial(folder, examples, args):
             checksum = checksums.get((row["coco_id"], row["caption"]))
             if hashlib.sha256(data).hexdigest() != checksum:
                 raise ValueError("it was altered after it was made" if checksum else "made for another caption")
-            twin = read_image(data, ["PNG"]).transpose(2, 0, 1)
+            twin = np.asarray(read_image(data, ["PNG"])).transpose(2, 0, 1)
             if linf_grey_levels(twin[None], row["pixels"][None])[0] > grey_levels(args.eps):
                 raise ValueError(f"it is not in the ball around {row['path']}")
             return twin
@@ -1292,22 +1285,17 @@ def duration(seconds):
 MAX_GRAD_NORM = 1.0
 
 
-def contrastive_loss(image_features, text_features, caption_ids, negatives, negative_ids, logit_scale):
-    """Symmetric contrastive loss (Radford et al. 2021, arXiv:2103.00020, figure 3), with more captions as negatives.
+def contrastive_loss(image_features, text_features, caption_ids, logit_scale):
+    """Symmetric contrastive loss (Radford et al. 2021, arXiv:2103.00020, figure 3) of a batch.
 
     image_features, text_features   (B, D), row i of both from one pair
-    negatives                       (K, D) features of further captions, candidates of the image-to-text half alone
-    caption_ids, negative_ids       (B,), (K,): equal captions have equal ids and are never each other's negatives
+    caption_ids                     (B,): equal captions have equal ids and are never each other's negatives
     """
     targets = torch.arange(len(image_features), device=image_features.device)
-    candidate_ids = torch.cat([caption_ids, negative_ids])
-    equal = caption_ids[:, None] == candidate_ids[None]  # (B, B + K)
+    equal = caption_ids[:, None] == caption_ids[None]  # (B, B)
     equal[targets, targets] = False
-    logits = logit_scale * image_features @ torch.cat([text_features, negatives]).T
-    logits = logits.masked_fill(equal, -torch.inf)
-    image_to_text = F.cross_entropy(logits, targets)
-    text_to_image = F.cross_entropy(logits[:, : len(targets)].T, targets)
-    return (image_to_text + text_to_image) / 2
+    logits = (logit_scale * image_features @ text_features.T).masked_fill(equal, -torch.inf)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 class Trainer:
@@ -1379,12 +1367,10 @@ class Trainer:
                 if self.stopped:
                     return
 
-    def candidates(self, step, batch):
-        """What contrastive_loss() takes of a batch after its image features: 512 further captions are negatives."""
-        draw = np.random.default_rng([self.args.seed, step, 1]).permutation(len(self.training))
-        draw = draw[~np.isin(draw, batch)][:512]
-        features, ids = self.text_features, self.caption_ids
-        return features[batch], ids[batch], features[draw], ids[draw], self.clip.logit_scale
+    def contrastive_loss(self, image_features, batch):
+        """contrastive_loss() of the images of a batch, without what was padded to share it out."""
+        own = self.text_features[batch], self.caption_ids[batch]
+        return contrastive_loss(image_features[: len(batch)], *own, self.clip.logit_scale)
 
     def encode(self, images, twins):
         """Features of clean images and their twins, (B, D) each, of all processes, in one pass through the tower."""
@@ -1396,7 +1382,7 @@ class Trainer:
     def end_step(self, **figures):
         """Log the figures, loss and grad_norm among them; validate after an epoch; keep a state now and then."""
         args, step = self.args, len(self.log) + 1
-        figures = {key: float(value) for key, value in figures.items()}
+        figures = {key: value.item() for key, value in figures.items()}
         if not math.isfinite(figures["loss"] + figures["grad_norm"]):
             good = self.run.dir / "last.pt" if self.epochs else "none yet"
             fail(f"step {step} is not finite: {figures}; last good checkpoint: {good}")
@@ -1439,7 +1425,7 @@ class Trainer:
         checkpoint = {
             "epoch": epoch,
             "name": clip.arch,
-            "quick_gelu": model_config(clip.arch)[1],
+            "quick_gelu": has_quick_gelu(clip.arch),
             "state_dict": {key: value.cpu() for key, value in clip.model.state_dict().items()},
             "train_ids": sorted({*self.training["coco_id"], *clip.train_ids}),  # of the weights it started from, too
             "val_ids": self.validation["coco_id"][:],

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 import common
-from common import as_images, contrastive_loss
+from common import as_images
 
 BRIGHTNESS = CONTRAST = 0.2  # factors are uniform in 1 +- this
 BLUR_RADII = 0.1, 2.0  # standard deviation of the Gaussian, pixels
@@ -62,18 +62,18 @@ def main(args):
     run = common.Run(args)
     if run.finished:
         return
-    training, validation = common.load_training_sets(args)
     clip = common.load_clip(args)
+    training, validation = common.load_training_sets(args, clip.geometry)
     trainer = common.Trainer(args, run, clip, training, validation)
     optimizer, visual, pixels = trainer.optimizer, clip.model.visual, training["pixels"]
     trainer.announce()
 
-    for step, batch, mine in trainer:
+    for step, batch, mine in trainer:  # numbers of the batch's images; of this process's
         images = as_images(pixels[mine], clip.device)  # (B, 3, H, W), of this process
         images_aug = augment(images, [[args.seed, step, index] for index in mine])
 
         features = trainer.encode(images, images_aug)  # clean, augmented: (B, D) each, of all processes
-        clean_loss, aug_loss = (contrastive_loss(x[: len(batch)], *trainer.candidates(step, batch)) for x in features)
+        clean_loss, aug_loss = (trainer.contrastive_loss(x, batch) for x in features)
         loss = (clean_loss + aug_loss) / 2
 
         optimizer.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ Files written to --output_dir (default runs/<preset>/pgd, with --online_steps ru
 import torch
 
 import common
-from common import as_images, contrastive_loss, pgd, start_noise
+from common import as_images, pgd, start_noise
 
 
 def parse_args(argv=None):
@@ -44,9 +44,9 @@ def main(args):
     run = common.Run(args, [folder] if folder else [])
     if run.finished:
         return
-    training, validation = common.load_training_sets(args)
-    offline = common.load_adversarial(folder, training, args) if folder else None  # uint8 (N, 3, H, W)
     clip = common.load_clip(args)
+    training, validation = common.load_training_sets(args, clip.geometry)
+    offline = common.load_adversarial(folder, training, args) if folder else None  # uint8 (N, 3, H, W)
     original = clip.encode_pixels(training["pixels"]) if args.online_steps else None  # (N, D), FARE's targets
     trainer = common.Trainer(args, run, clip, training, validation)
     optimizer, visual, pixels = trainer.optimizer, clip.model.visual, training["pixels"]
@@ -58,7 +58,7 @@ def main(args):
         """FARE: squared L2 distance to the original model's clean feature (equation 3, on unit-norm features), (B,)."""
         return (image_features - original[indices]).square().sum(-1)
 
-    for step, batch, mine in trainer:
+    for step, batch, mine in trainer:  # numbers of the batch's images; of this process's
         images = as_images(pixels[mine], clip.device)  # (B, 3, H, W), of this process
         if args.online_steps:
             visual.eval()  # attack the network that is deployed
@@ -73,8 +73,7 @@ def main(args):
         if args.online_steps:
             clean_loss, adv_loss = (distance(x[: len(batch)], batch).mean() for x in features)
         else:
-            candidates = trainer.candidates(step, batch)
-            clean_loss, adv_loss = (contrastive_loss(x[: len(batch)], *candidates) for x in features)
+            clean_loss, adv_loss = (trainer.contrastive_loss(x, batch) for x in features)
         loss = (clean_loss + adv_loss) / 2
 
         optimizer.zero_grad(set_to_none=True)

@@ -96,10 +96,10 @@ def main(args):
     run = common.Run(args, [folder])
     if run.finished:
         return
-    examples = common.load_examples(args, "eval", range(args.num_images))
+    clip = common.load_clip(args)
+    examples = common.load_examples(args, "eval", range(args.num_images), clip.geometry)
     pixels, transfer = examples["pixels"], common.load_adversarial(folder, examples, args)
     run.require_disk(1.1 * len(args.qualities) * transfer.nbytes)
-    clip = common.load_clip(args)
     text_features = clip.encode_text(examples["caption"][:])
     run.begin()
     common.announce(clip, pixels, text_features, len(args.qualities) * len(pixels) * args.steps)

@@ -144,14 +144,13 @@ class Row:
         return found
 
 
-def build_rows(args, folder, stages, examples):
+def build_rows(args, clip, folder, stages, examples):
     """The rows of the table, in its order.
 
     folder   of the transferred images
     stages   {name: folder} of the finished trainings
     """
-    clip, transfer = load_clip(args), common.load_adversarial(folder, examples, args)
-    rows = {"original": Row("original", clip, examples[:]["pixels"], transfer)}
+    rows = {"original": Row("original", clip, examples[:]["pixels"], common.load_adversarial(folder, examples, args))}
     taken = {"original", *TRAINED, *TRAINED.values(), *(f"JPEG {q}" for q in args.qualities)}
     for name, _ in args.checkpoint:
         if name in taken:
@@ -644,13 +643,13 @@ def main(args):
     for name in TRAINED.keys() - stages.keys():
         print(f"no finished run in {Path(args.output_dir).parent / TRAINED[name]}: the row {name} is left out")
 
-    examples = load_examples(args, "eval", range(args.num_images))
+    clip = load_clip(args)
+    examples = load_examples(args, "eval", range(args.num_images), clip.geometry)
     candidates = load_candidates(args.candidates, examples)
-    rows = build_rows(args, folder, stages, examples)
+    rows = build_rows(args, clip, folder, stages, examples)
     steps, nbytes = work_of(rows, args)
     run.require_disk(1.1 * nbytes)
     run.begin()
-    clip = rows[0].clip
     common.announce(clip, rows[0].pixels, clip.encode_text(examples["caption"][:]), steps)
 
     record = {"n": len(examples), "rows": {}, "paired": [], "sanity": {}, "attacks": {}, "health": {}}

@@ -38,17 +38,17 @@ def write_png(path, pixels):
     image = Image.fromarray(pixels.transpose(1, 2, 0))
     common.replace_file(path, lambda file: image.save(file, "PNG", compress_level=1))  # 6 saves 5 % for 30 % more time
     data = path.read_bytes()
-    return common.read_image(data, ["PNG"]).transpose(2, 0, 1), hashlib.sha256(data).hexdigest()
+    return np.asarray(common.read_image(data, ["PNG"])).transpose(2, 0, 1), hashlib.sha256(data).hexdigest()
 
 
 def main(args):
     run = common.Run(args)
     if run.finished:
         return
-    examples = common.load_examples(args, args.split, range(args.num_images))
+    clip = common.load_clip(args)
+    examples = common.load_examples(args, args.split, range(args.num_images), clip.geometry)
     pixels, captions, ids = examples["pixels"], examples["caption"][:], examples["coco_id"][:]
     run.require_disk(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run keeps
-    clip = common.load_clip(args)
     text_features = clip.encode_text(captions)
     run.begin()
     files = [common.twin_name(coco_id) for coco_id in ids]
