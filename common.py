@@ -1405,14 +1405,14 @@ class Trainer:
         pixels, text_features = self.validation["pixels"], clip.encode_text(self.validation["caption"][:])
         attack = white_box(args.eps, args.steps)
         pixels_adv, _ = attack_all(attack, own_caption(clip.frozen(), text_features), pixels, clip, what="validate")
-        clean, white_box = ((clip.encode_pixels(x) * text_features).sum(-1).mean().item() for x in (pixels, pixels_adv))
-        best = all(white_box > past["val_white_box"] for past in self.epochs)
-        figures = {"epoch": epoch, "step": step, "loss": loss, "val_clean": clean, "val_white_box": white_box}
+        clean, attacked = ((clip.encode_pixels(x) * text_features).sum(-1).mean().item() for x in (pixels, pixels_adv))
+        best = all(attacked > past["val_white_box"] for past in self.epochs)
+        figures = {"epoch": epoch, "step": step, "loss": loss, "val_clean": clean, "val_white_box": attacked}
         self.epochs.append(figures)
         if not RANK:
             self.save_checkpoints(["last.pt", "best.pt"] if best else ["last.pt"], epoch)
         line = f"epoch {epoch}/{args.epochs}  step {step}  loss {loss:.3f}  validation clean {clean:.3f}, white-box "
-        tqdm.write(f"{line}{white_box:.3f}{'  *' if best else ''}", sys.stdout)
+        tqdm.write(f"{line}{attacked:.3f}{'  *' if best else ''}", sys.stdout)
         self.validating += time.perf_counter() - began
 
     def save_checkpoints(self, names, epoch):

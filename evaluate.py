@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import common
-from common import Attack, as_images, attack_all, duration, fail, load_clip, load_examples, number
+from common import as_images, attack_all, duration, fail, load_clip, load_examples, number
 from eval_jpeg import differentiable_jpeg, jpeg
 
 matplotlib.use("Agg")
@@ -265,8 +265,8 @@ def measure(row, candidates, attack, starts, seed, run=None):
     clean, transfer = (score(row, pixels, candidates, seed) for pixels in (row.pixels, row.transfer))
     worst, healths = dict(transfer), []
     lowest, narrowest = torch.tensor(row.transfer), torch.tensor(row.transfer)
-    for number in range(starts):
-        begin, noise_seed = (row.transfer, None) if number == 0 else (None, seed + 7919 * number)
+    for which in range(starts):
+        begin, noise_seed = (row.transfer, None) if which == 0 else (None, seed + 7919 * which)
         found, health = attack_both(replace(attack, seed=noise_seed), row, candidates, begin, seed, run)
         healths += health
         for pixels_adv in found:
@@ -361,7 +361,7 @@ def sanity(row, candidates, attack, seed, run=None):
     text = f"{figure:.3f} [{low:.3f}, {high:.3f}]"
     checks = [converged(row, candidates, attack, seed, run)]
 
-    starts = [base, *(similarity(attacked(None, seed=seed + 7919 * number)[0]) for number in (1, 2))]
+    starts = [base, *(similarity(attacked(None, seed=seed + 7919 * which)[0]) for which in (1, 2))]
     worst = float(np.minimum.reduce(starts).mean())
     checks.append(("more starts move it less than its interval", low <= worst <= high, f"{text}, of 3 {worst:.3f}"))
 

@@ -60,7 +60,7 @@ def shared(tmp_path_factory):
         rows = [row for row in pq.read_table(file).to_pylist() if split == "eval" or "train2014" in row[column]][:count]
         pq.write_table(pa.Table.from_pylist(rows), folder / "MSCOCO_i2t" / file.name)
         with zipfile.ZipFile(next(source.rglob("*.zip"))) as archive:
-            found = common.match_members([row[column] for row in rows], archive.namelist())
+            found = common.match_files([row[column] for row in rows], archive.namelist())
             pack(folder / "images.zip", [(name, archive.read(name)) for name in found.values()])
         data = [f"--{split}_data", folder, "--split", split]
         run(GENERATE, command(root, GENERATE, root / f"adversarial_{split}", *data))
@@ -69,7 +69,7 @@ def shared(tmp_path_factory):
 
 def run(script, words):
     module = importlib.import_module(script)
-    module.main(module.parse_args(words))
+    common.run_main(module.main, module.parse_args(words))
 
 
 class Place:
@@ -80,7 +80,7 @@ class Place:
         self.out, self.ran, self.overwrite = tmp / "out", tmp / "ran", True
         self.out.mkdir()
         (self.out / "keep.txt").write_text("not ours")
-        (self.out / "metrics.json").write_text('{"args": {}, "inputs": {}, "started": "once"}')
+        (self.out / "metrics.json").write_text('{"args": {}, "inputs": {}, "started": "once", "seconds": 1}')
 
     def copy(self, name):
         if not (self.tmp / name).exists():
@@ -152,7 +152,6 @@ BAD = {  # values that argparse itself must turn down
     (MAT, "--lr"): ["nan", "-1", "0", "inf", "1e400", "1e30", "fast"],
     (MAT, "--epochs"): ["nan", "-1", "0", "1e30", 10**15, "x"],
     (MAT, "--weight_decay"): ["nan", "-1", "inf", "1e300", "x"],
-    (MAT, "--grad_clip"): ["nan", "-1", "0", "x"],
     (MAT, "--loss_threshold"): ["nan", "-1", "0", "inf", "x"],
     (MAT, "--val_images"): ["nan", "-1", "0", "1e30", "x"],
 }
@@ -750,7 +749,7 @@ def one_level(folder, place):
     split = folder.name.removeprefix("adversarial_")
     module = importlib.import_module(GENERATE)
     words = [f"--{split}_data", place.shared / f"MMEB-{split}", "--split", split]
-    clean = common.load_examples(module.parse_args(command(place.shared, GENERATE, place.out, *words)), split, 4).pixels
+    clean = common.load_examples(module.parse_args(command(place.shared, GENERATE, place.out, *words)), split, range(4), common.load_clip(module.parse_args([])).geometry)["pixels"]
     file = first_twin(folder)
     twin = np.array(Image.open(file))
     value, wanted = int(twin[5, 7, 1]), int(clean[0, 1, 5, 7])
