@@ -280,8 +280,8 @@ def run_main(main, args):
             print("stopped: the same command goes on from what is saved", file=sys.stderr)
         raise SystemExit(130)
     except torch.OutOfMemoryError:
-        fail(f"the GPU's memory is too small for --batch_size {args.batch_size}: the same command with a smaller one "
-             "goes on; trainings have --grad_checkpointing, too")  # fmt: skip
+        fail(f"the GPU's memory is too small for --batch_size {args.batch_size}: give a smaller one; trainings have "
+             "--grad_checkpointing, too")  # fmt: skip
     except OSError as error:
         fail(f"{describe(error)}: once it is mended, the same command goes on from what is saved")
 

@@ -62,7 +62,7 @@ def main(args):
     attack = common.Attack(args.eps, args.alpha, args.steps, args.seed)
     loss_at, began, entries, healths = common.own_caption(clip.frozen(), text_features), time.perf_counter(), [], []
     with ThreadPoolExecutor(args.num_workers) as pool:
-        for here, pixels_adv, health in common.attack_images(attack, loss_at, pixels, clip, run):
+        for here, pixels_adv, health in common.attack_images(attack, loss_at, pixels, clip, run=run):
             paths = [run.dir / file for file in files[here]]
             saved, checksums = zip(*pool.map(write_png, paths, pixels_adv.numpy()))
             both = pixels[here], np.stack(saved)
