@@ -20,6 +20,7 @@ import io
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
 import platform
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import time
 import traceback
+import weakref
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -332,14 +334,15 @@ class Run:
         self.hold_folder()
         self.finished = None if args.overwrite else self.earlier(self.done, args.overwrite)
         if self.finished:
+            self.release()
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
         begun = not self.done.exists() and self.earlier(self.partial / "run.json", args.overwrite)
         gather()  # all have read what rank 0 may remove now
         if begun:
             self.record |= {"started": begun["started"], "seconds": begun["seconds"]}
             print(f"{self.dir} holds an unfinished run: going on after its first {begun['seconds']:.0f} s")
-            if begun["commit"] != self.record["commit"]:
-                print(f"note: begun by other code, commit {begun['commit']}; this is {self.record['commit']}")
+            if begun.get("commit") != self.record["commit"]:
+                print(f"note: begun by other code, commit {begun.get('commit')}; this is {self.record['commit']}")
         elif not RANK:
             shutil.rmtree(self.partial, ignore_errors=True)
         gather()
@@ -348,13 +351,14 @@ class Run:
         """Make the folder, see that it can be written, and hold it until this process ends."""
         with about(f"cannot write to --output_dir {self.dir}"):
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(self.dir, os.O_RDONLY)
+            folder = os.open(self.dir, os.O_RDONLY)
+            self.release = weakref.finalize(self, os.close, folder)
             if RANK:
                 return
             save(self.dir / ".write_test", "")
             (self.dir / ".write_test").unlink()
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another run is writing to {self.dir}: wait for it, or give another --output_dir")
         except OSError:
@@ -430,7 +434,7 @@ class Run:
         if not RANK:
             save(self.done, self.record | metrics)
             shutil.rmtree(self.partial, ignore_errors=True)
-            os.close(self.lock)
+        self.release()
         gather()
 
 
@@ -445,14 +449,10 @@ def portable(value):
 
 def stamp(path):
     """What changes when a run's folder is made anew, or a file gets another content."""
-    path = Path(path)
-    if path.is_dir():
-        return load_record(path / "metrics.json")["started"]
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            sha256.update(block)
-    return sha256.hexdigest()
+    if os.path.isdir(path):
+        return load_record(Path(path) / "metrics.json")["started"]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def load_record(file):
@@ -743,15 +743,14 @@ def load_checkpoint(model, name, quick, file, tower_alone=False):
     tower_alone   the file may hold the visual tower alone; the text tower is then the model's
     """
     with about(f"{file} is no checkpoint of plain tensors for {name}, and is not used"):
-        saved = open_clip.factory.load_state_dict(str(file)) if file.suffix == ".safetensors" else load_tensors(file)
+        load = open_clip.factory.load_state_dict if file.suffix == ".safetensors" else load_tensors
+        saved = load(str(file))
         if saved.get("quick_gelu", quick) != quick:
             raise ValueError("it was made with the other activation, QuickGELU or GELU: use the model's twin")
         if "quick_gelu" not in saved and not name.startswith("local-dir:"):
             print(f"note: {file} does not say whether it wants QuickGELU, as OpenAI's weights do, or GELU")
         state = saved.get("state_dict", saved)
-        if state.keys() == model.visual.state_dict().keys():
-            if not tower_alone:
-                raise ValueError(f"it is a visual tower alone: give it as evaluate.py --checkpoint NAME={file}")
+        if tower_alone and state.keys() == model.visual.state_dict().keys():
             model.visual.load_state_dict(state)
         else:
             open_clip.load_checkpoint(model, str(file))
@@ -764,10 +763,8 @@ def load_tensors(file):
     """torch.load of plain tensors alone; pickle's own text would have the reader allow code."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search("(?i)global|operand 149", str(error))  # 149 begins a pickle that torch did not write
-        what = "code, or objects that are not plain tensors, could run anything" if code else "it is damaged"
-        raise ValueError(what) from None
+    except pickle.UnpicklingError:
+        raise ValueError("it holds code, or objects that are not plain tensors, or is damaged") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -879,23 +876,18 @@ def decode_rows(args, split, rows, geometry):
     key = digest([reader.stamp, rows["path"][:], rows["texts"][:], geometry])
     cache = Path(args.cache_dir, f"{key}.arrow")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    there = cache.exists()
-    if not there and shutil.disk_usage(cache.parent).free < 1.1 * len(rows) * math.prod(shape):
-        fail(f"{cache.parent} has no room for {len(rows)} images of {shape[2]} pixels: make room, or give --cache_dir")
-
-    def decoded():
-        options = {"cache_file_name": str(cache), "new_fingerprint": key, "writer_batch_size": 64, "desc": "decode"}
-        return rows.map(decode, features=kinds, **options)
-
+    options = {"cache_file_name": str(cache), "new_fingerprint": key, "writer_batch_size": 64, "desc": "decode"}
     if RANK:
         gather()  # rank 0 decodes first, and the others find it done
     try:
-        examples = decoded()
+        if not cache.exists() and shutil.disk_usage(cache.parent).free < 1.1 * len(rows) * math.prod(shape):
+            fail(f"{cache.parent} has no room for {len(rows)} images: make room, or give another --cache_dir")
+        examples = rows.map(decode, features=kinds, **options)
     except (ValueError, OSError):
-        if not there:
+        if not cache.exists():
             raise
         cache.unlink()  # damaged
-        examples = decoded()
+        examples = rows.map(decode, features=kinds, **options)
     if not RANK:
         gather()
     return examples
@@ -1293,18 +1285,13 @@ def contrastive_loss(image_features, text_features, caption_ids, logit_scale):
 
 
 class Trainer:
-    """What both trainings share: optimizer, order of the batches, states, validation, checkpoints. The loop is theirs:
+    """What both trainings share: optimizer, order of the batches, states, validation, checkpoints; the loop is theirs.
 
-        for step, batch, mine in trainer:  # indices of the batch, and of this process's part of it, (B,)
-            images = as_images(training["pixels"][mine], clip.device)
-            features = trainer.encode(images, twins)  # clean, twins: (B, D) each
-            ... backward
-            trainer.end_step(loss=..., ...)
-
-    Fine-tunes the visual tower; text tower and logit_scale are frozen. The best epoch is the one of the highest
-    white-box similarity on the validation images. All random draws are functions of (seed, step, image), so that a
-    state kept every --save_every minutes is enough to go on to the same files. The learning rate falls linearly to 0.
-    Under torchrun the batch is --batch_size a process, and each loss is over the features of all.
+    Iterating yields (step, batch, mine): numbers of the batch's images, and of this process's part of it. Fine-tuned is
+    the visual tower; text tower and logit_scale are frozen. The learning rate falls linearly to 0. The best epoch is
+    the one of the highest white-box similarity on the validation images. All random draws are functions of (seed, step,
+    image), so that a state kept every --save_every minutes is enough to go on to the same files. Under torchrun the
+    batch is --batch_size a process, and each loss is over the features of all.
     """
 
     def __init__(self, args, run, clip, training, validation):
@@ -1313,8 +1300,7 @@ class Trainer:
         clip.model.requires_grad_(False)
         visual.requires_grad_(True)
         visual.set_grad_checkpointing(args.grad_checkpointing)
-        matrices = [p for p in visual.parameters() if p.ndim >= 2]
-        others = [p for p in visual.parameters() if p.ndim < 2]
+        matrices, others = ([p for p in visual.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=clip.device.type in ("cuda", "cpu"))
         self.model = torch.nn.parallel.DistributedDataParallel(clip) if PROCESSES > 1 else clip
@@ -1336,9 +1322,9 @@ class Trainer:
 
     def announce(self, online_steps=0):
         """Say the work; online_steps: of an attack on each image within the training."""
-        training = (self.last_step - len(self.log)) * self.size * (3 + online_steps)
         epochs = math.ceil(self.last_step / self.steps_per_epoch) - len(self.epochs)
-        work = training + epochs * len(self.validation) * (self.args.steps + 1)
+        work = (self.last_step - len(self.log)) * self.size * (3 + online_steps)
+        work += epochs * len(self.validation) * self.args.steps
         announce(self.clip, self.training[: self.size]["pixels"], self.text_features, work)
 
     def __iter__(self):
@@ -1418,10 +1404,8 @@ class Trainer:
     def save_checkpoints(self, names, epoch):
         """The model as plain types that open_clip.create_model(name, pretrained=FILE) and weights_only=True open."""
         clip, args = self.clip, self.run.record["args"]
-        checkpoint = {
-            "epoch": epoch,
-            "name": clip.arch,
-            "quick_gelu": has_quick_gelu(clip.arch),
+        checkpoint = {"epoch": epoch, "name": clip.arch, "quick_gelu": has_quick_gelu(clip.arch)}
+        checkpoint |= {
             "state_dict": {key: value.cpu() for key, value in clip.model.state_dict().items()},
             "train_ids": sorted({*self.training["coco_id"], *clip.train_ids}),  # of the weights it started from, too
             "val_ids": self.validation["coco_id"][:],
@@ -1432,19 +1416,10 @@ class Trainer:
 
     def finish(self, **metrics):
         """Write metrics.json."""
-        seen = 2 * self.size * (len(self.log) - self.began)
-        self.run.finish(
-            self.clip.device,
-            n=len(self.training),
-            n_validation=len(self.validation),
-            steps=len(self.log),
-            stopped_by=self.stopped,
-            best_epoch=max(self.epochs, key=lambda figures: figures["val_white_box"])["epoch"],
-            epochs=self.epochs,
-            global_batch_size=self.size,
-            training_seconds=self.run.seconds(),
-            images_per_s=seen / (time.perf_counter() - self.clock - self.validating),
-            train_ids=self.training["coco_id"][:],
-            val_ids=self.validation["coco_id"][:],
-            **metrics,
-        )
+        seen, seconds = 2 * self.size * (len(self.log) - self.began), time.perf_counter() - self.clock
+        figures = {"n": len(self.training), "n_validation": len(self.validation), "steps": len(self.log)}
+        figures |= {"stopped_by": self.stopped, "epochs": self.epochs, "global_batch_size": self.size}
+        figures["best_epoch"] = max(self.epochs, key=lambda epoch: epoch["val_white_box"])["epoch"]
+        figures |= {"train_ids": self.training["coco_id"][:], "val_ids": self.validation["coco_id"][:]}
+        speed = {"training_seconds": self.run.seconds(), "images_per_s": seen / (seconds - self.validating)}
+        self.run.finish(self.clip.device, **figures, **speed, **metrics)

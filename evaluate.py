@@ -29,6 +29,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from PIL import Image
 
 import common
 from common import as_images, attack_all, duration, fail, load_clip, load_examples, number
@@ -151,7 +152,7 @@ def build_rows(args, clip, folder, stages, examples):
     short = {}  # --defence takes the name of a stage's folder, too
     for name, source in [*((name, str(stage / "best.pt")) for name, stage in stages.items()), *args.checkpoint]:
         seconds = training_seconds(stages[name]) if name in stages else None
-        rows[name] = replace(rows["original"], name=name, clip=load_clip(args, source), seconds=seconds)
+        rows[name] = replace(in_geometry(rows["original"], load_clip(args, source), args), name=name, seconds=seconds)
         short[TRAINED.get(name, name)] = name
     for row in rows.values():
         if leaked := row.clip.train_ids & {*examples["coco_id"]}:
@@ -164,6 +165,16 @@ def build_rows(args, clip, folder, stages, examples):
             steps = tuple(quality(re.fullmatch("jpeg(.+)", step)[1]) for step in steps)
             rows[spec] = replace(rows[short.get(name, name)], name=spec, qualities=steps)
     return list(rows.values())
+
+
+def in_geometry(original, clip, args):
+    """The original's row for another model: the same images in its geometry, the transferred ones as files reach it."""
+    if clip.geometry == original.clip.geometry:
+        return replace(original, clip=clip)
+    pixels = load_examples(args, "eval", range(args.num_images), clip.geometry)[:]["pixels"]
+    transform = common.to_geometry(clip.geometry)
+    transfer = [transform(Image.fromarray(image.transpose(1, 2, 0))) for image in original.transfer]
+    return replace(original, clip=clip, pixels=pixels, transfer=np.stack(transfer))
 
 
 def training_seconds(stage):
@@ -263,6 +274,7 @@ def attack_both(attack, row, candidates, start, seed, run=None):
 def measure(row, candidates, attack, starts, seed, run=None):
     """One row under every condition: {condition: {measure: (N,)}}, the images of lowest cosine, health."""
     clean, transfer = (score(row, pixels, candidates, seed) for pixels in (row.pixels, row.transfer))
+    print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
     worst, healths = dict(transfer), []
     lowest, narrowest = torch.tensor(row.transfer), torch.tensor(row.transfer)
     for which in range(starts):
@@ -449,7 +461,18 @@ def marked(record, name):
     health = record["health"][name]
     failed = health["images_with_zero_gradients"] + health["images_with_nonfinite_values"] > 0
     failed |= any(not holds for _, holds, _ in record["sanity"].get(name, {}).get("checks", []))
-    return f"{name} (!)" if failed else name
+    return name + " (!)" * failed + " (?)" * (name in doubtful(record))
+
+
+def doubtful(record):
+    """Names of rows that may not have been loaded as they were trained."""
+    recall = {name: row["clean_recall_i2t@1"] for name, row in record["rows"].items()}
+    return [name for name in recall if recall[name] < recall["original"] / 3]
+
+
+DOUBT = """\
+(?): clean R@1 is under a third of the original's. Look for a configuration without the quick_gelu that the weights
+want, weights of another model, or captions that its text tower does not know."""
 
 
 def report_of(record):
@@ -485,7 +508,8 @@ def console_table(record):
         if name in report_of(record):
             clean, adversarial = REPORT[name]
             lines.append(f"{'  the report':21}{clean:7.3f}{adversarial:9.3f}{'':7}{percent(report_gain(name)):>8}")
-    return "\n".join([*lines, "", *textwrap.wrap(not_separated(record), 80)])
+    notes = [not_separated(record), *([DOUBT] if doubtful(record) else [])]
+    return "\n".join([*lines, "", *(line for note in notes for line in textwrap.wrap(note, 80))])
 
 
 NOTES = """\
@@ -493,7 +517,8 @@ In brackets 95 % bootstrap intervals over the images. transfer: attacked once on
 worst for each image of the transferred one and of momentum PGD on the defence itself, under the cosine loss and, where
 the own caption still comes first, under the margin loss; for JPEG through a differentiable codec. improvement: the
 share of the original model's drop that the defence takes away. R@1, R@5: image to text / text to image. success: own
-caption no longer first. training: wall time, offline images included.
+caption no longer first. training: wall time, offline images included. A model of another input size is attacked in its
+own pixels; the transferred images reach it as files do, through its own preprocessing.
 """
 
 
@@ -525,6 +550,7 @@ def markdown_table(record):
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     text = f"{markdown(setting(record).replace(chr(10), ', '))}.\n\n{table}\n\n{NOTES}\n"
     text += f"{not_separated(record, markdown)}.\n"
+    text += f"\n{DOUBT}\n" if doubtful(record) else ""
     if record["sanity"]:
         text += f"\nSanity battery, {min(SANITY_IMAGES, record['n'])} images; (!) marks a row that fails a check:\n\n"
         text += "".join(f"- {line}\n" for line in sanity_lines(record, markdown))
