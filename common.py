@@ -52,7 +52,7 @@ import open_clip
 import torch
 import torchvision
 from fsspec.implementations.zip import ZipFileSystem
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg, image_transform_v2, to_2tuple
 from PIL import Image
 from torch import distributed
 from torch.nn import functional as F
@@ -521,6 +521,7 @@ class Clip(torch.nn.Module):
         able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = precision == "bf16" or (precision == "auto" and able)
         self.geometry = dict(open_clip.get_model_preprocess_cfg(model))
+        self.geometry["size"] = to_2tuple(self.geometry["size"])
         for key in ("mean", "std"):  # part of the model: what is attacked are pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
         self.tokenizer, self.text_cache, self.train_ids = open_clip.get_tokenizer(arch), {}, train_ids
@@ -570,7 +571,7 @@ class Clip(torch.nn.Module):
     def encode_text(self, captions):
         """List of B strings -> (B, D) float32, unit norm. Each caption is computed once, in fp32, and kept."""
         missing = list(dict.fromkeys(caption for caption in captions if caption not in self.text_cache))
-        for start in range(0, len(missing), 256):
+        for start in progress(range(0, len(missing), 256), "captions"):
             chunk = missing[start : start + 256]
             features = F.normalize(self.model.encode_text(self.tokenizer(chunk).to(self.device)).float(), dim=-1)
             if not features.isfinite().all():
@@ -1223,7 +1224,7 @@ def twin_name(coco_id):
     return f"images/{coco_id:012d}.png"
 
 
-def announce(clip, pixels, text_features, image_steps):
+def announce(clip, pixels, captions, image_steps):
     """Before the first batch: say the work, and how long it takes here, from a timed step after a warm-up.
 
     image_steps   of the attack, forward and back to the pixels; a pair of training images is about three of them
@@ -1231,7 +1232,7 @@ def announce(clip, pixels, text_features, image_steps):
     On a GPU in bf16 the gradient of a batch is held against fp32 first: an attack along another is no evidence.
     """
     count = min(len(pixels), clip.batch_size if clip.device.type == "cuda" else 2)
-    images, text_features = as_images(pixels[:count], clip.device), text_features[:count]
+    images, text_features = as_images(pixels[:count], clip.device), clip.encode_text(captions[:count])
 
     def gradient():
         x = images.clone().requires_grad_()
@@ -1304,13 +1305,15 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=clip.device.type in ("cuda", "cpu"))
         self.model = torch.nn.parallel.DistributedDataParallel(clip) if PROCESSES > 1 else clip
-        captions = training["caption"][:]
+        captions, self.size = training["caption"][:], args.batch_size * PROCESSES
+        self.steps_per_epoch = math.ceil(len(training) / self.size)
+        self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
+        online_steps, passes = getattr(args, "online_steps", 0), math.ceil(self.last_step / self.steps_per_epoch)
+        work = self.last_step * self.size * (3 + online_steps) + passes * len(validation) * args.steps
+        announce(clip, training[: self.size]["pixels"], captions, work)
         index = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
         self.text_features = clip.encode_text(captions)  # (N, D)
         self.caption_ids = torch.tensor([index[caption] for caption in captions], device=clip.device)
-        self.size = args.batch_size * PROCESSES
-        self.steps_per_epoch = math.ceil(len(training) / self.size)
-        self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.log, self.epochs, self.stopped = [], [], None
         model, tower = (sum(p.numel() * 4 for p in module.parameters()) for module in (clip.model, visual))
         run.require_disk(2 * model + 2 * 3 * tower)  # best.pt, last.pt; weights and two moments, and the next of them
@@ -1319,13 +1322,6 @@ class Trainer:
             visual.load_state_dict(state["visual"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.log, self.epochs = state["log"], state["epochs"]
-
-    def announce(self, online_steps=0):
-        """Say the work; online_steps: of an attack on each image within the training."""
-        epochs = math.ceil(self.last_step / self.steps_per_epoch) - len(self.epochs)
-        work = (self.last_step - len(self.log)) * self.size * (3 + online_steps)
-        work += epochs * len(self.validation) * self.args.steps
-        announce(self.clip, self.training[: self.size]["pixels"], self.text_features, work)
 
     def __iter__(self):
         args, count, began = self.args, len(self.training), len(self.log)

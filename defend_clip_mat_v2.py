@@ -66,7 +66,6 @@ def main(args):
     training, validation = common.load_training_sets(args, clip.geometry)
     trainer = common.Trainer(args, run, clip, training, validation)
     optimizer, visual, pixels = trainer.optimizer, clip.model.visual, training["pixels"]
-    trainer.announce()
 
     for step, batch, mine in trainer:  # numbers of the batch's images; of this process's
         images = as_images(pixels[mine], clip.device)  # (B, 3, H, W), of this process

@@ -50,7 +50,6 @@ def main(args):
     original = clip.encode_pixels(training["pixels"]) if args.online_steps else None  # (N, D), FARE's targets
     trainer = common.Trainer(args, run, clip, training, validation)
     optimizer, visual, pixels = trainer.optimizer, clip.model.visual, training["pixels"]
-    trainer.announce(args.online_steps)
     # as in FARE and TeCoA few steps must be able to cross the ball, whatever --alpha
     attack = common.Attack(args.eps, max(args.alpha, 2 * args.eps / max(1, args.online_steps)), args.online_steps)
 

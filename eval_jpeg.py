@@ -100,9 +100,9 @@ def main(args):
     examples = common.load_examples(args, "eval", range(args.num_images), clip.geometry)
     pixels, transfer = examples["pixels"], common.load_adversarial(folder, examples, args)
     run.require_disk(1.1 * len(args.qualities) * transfer.nbytes)
-    text_features = clip.encode_text(examples["caption"][:])
     run.begin()
-    common.announce(clip, pixels, text_features, len(args.qualities) * len(pixels) * args.steps)
+    common.announce(clip, pixels, examples["caption"][:], len(args.qualities) * len(pixels) * args.steps)
+    text_features = clip.encode_text(examples["caption"][:])
     attack, qualities, health = common.white_box(args.eps, args.steps, through_jpeg=True), {}, {}
     print(f"{len(pixels)} images       clean  transfer  adaptive")
     for q in args.qualities:

@@ -690,7 +690,7 @@ def main(args):
     steps, nbytes = work_of(rows, args)
     run.require_disk(1.1 * nbytes)
     run.begin()
-    common.announce(clip, rows[0].pixels, clip.encode_text(examples["caption"][:]), steps)
+    common.announce(clip, rows[0].pixels, examples["caption"][:], steps)
 
     record = {"n": len(examples), "rows": {}, "paired": [], "sanity": {}, "health": {}}
     per_row, first_lowest = {}, None

@@ -49,7 +49,6 @@ def main(args):
     examples = common.load_examples(args, args.split, range(args.num_images), clip.geometry)
     pixels, captions, ids = examples["pixels"], examples["caption"][:], examples["coco_id"][:]
     run.require_disk(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run keeps
-    text_features = clip.encode_text(captions)
     run.begin()
     files = [common.twin_name(coco_id) for coco_id in ids]
     if not common.RANK:
@@ -57,8 +56,9 @@ def main(args):
         for stale in {*(run.dir / "images").glob("[0-9]*.png")} - {run.dir / file for file in files}:
             stale.unlink()  # of a run with more images
     common.gather()
-    common.announce(clip, pixels, text_features, len(pixels) * args.steps)
+    common.announce(clip, pixels, captions, len(pixels) * args.steps)
 
+    text_features = clip.encode_text(captions)
     attack = common.Attack(args.eps, args.alpha, args.steps, args.seed)
     loss_at, began, entries, healths = common.own_caption(clip.frozen(), text_features), time.perf_counter(), [], []
     with ThreadPoolExecutor(args.num_workers) as pool:
