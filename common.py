@@ -33,6 +33,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 import weakref
 import zipfile
 import zlib
@@ -178,7 +179,7 @@ def parse_flags(parser, argv, stage, images):
         chooser.add_argument(f"--{name}", default=default)
     chosen = chooser.parse_known_args(words)[0]
     defaults = preset(chosen.preset) | {"output_dir": f"runs/{chosen.preset}/{stage(chosen)}"}
-    defaults["num_images"] = defaults[f"{images(chosen)}_images"]
+    defaults["num_images"] = defaults.get(f"{images(chosen)}_images")
     if chosen.model.startswith(("local-dir:", "hf-hub:")):
         defaults["pretrained"] = ""  # such a model brings its weights
     known = vars(parser.parse_args([]))
@@ -224,7 +225,7 @@ def fail(message):
         time.sleep(10)  # what rank 0 finds, too, it says: torchrun ends this process meanwhile
     line = " ".join(str(message).split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)  # on a line of its own
     raise SystemExit(2)
 
 
@@ -243,7 +244,7 @@ def describe(error):
     """An error and its cause in one line, with what to set when a hub cannot be reached."""
     text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
     text += f" ({error.__cause__})" if error.__cause__ else ""
-    hub = re.search(r"(?i)connect|offline|resolv|timed? ?out|couldn't reach|hub|max retries", text)
+    hub = re.search(r"(?i)connect|offline|resolv|timed? ?out|couldn't reach|\bhub\b|max retries", text)
     advice = "; for the hub set HF_ENDPOINT, HF_TOKEN or HF_HOME, or give a local folder" if hub else ""
     return " ".join(text.split())[:400] + advice
 
@@ -751,7 +752,9 @@ def load_checkpoint(model, name, quick, file, tower_alone=False):
         if "quick_gelu" not in saved and not name.startswith("local-dir:"):
             print(f"note: {file} does not say whether it wants QuickGELU, as OpenAI's weights do, or GELU")
         state = saved.get("state_dict", saved)
-        if tower_alone and state.keys() == model.visual.state_dict().keys():
+        if state.keys() == model.visual.state_dict().keys():
+            if not tower_alone:
+                raise ValueError(f"a visual tower alone is a row: evaluate.py --checkpoint NAME={file}")
             model.visual.load_state_dict(state)
         else:
             open_clip.load_checkpoint(model, str(file))
@@ -763,7 +766,9 @@ def load_checkpoint(model, name, quick, file, tower_alone=False):
 def load_tensors(file):
     """torch.load of plain tensors alone; pickle's own text would have the reader allow code."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle's protocol
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("it holds code, or objects that are not plain tensors, or is damaged") from None
 
@@ -952,7 +957,8 @@ class ImageReader:
         if self.local:  # nor does a link lead out
             unpacked = [name for name in unpacked if os.path.realpath(name).startswith(inside)]
         for place in ["", *zips]:
-            files = ZipFileSystem(fs.open(place, block_size=2**16)) if place else fs  # a block: about one image
+            with about(f"{place or root} cannot be read"):  # a block: about one image
+                files = ZipFileSystem(fs.open(place, block_size=2**16)) if place else fs
             found = match_files(self.paths, files.find("") if place else unpacked)
             if len(found) == len(self.paths):
                 if place and self.whole and not self.local:
@@ -1199,23 +1205,31 @@ def load_adversarial(folder, examples, args):
     for flag in ("model", "pretrained", "eps", "alpha", "steps"):
         if made.get(flag) != portable(getattr(args, flag)):
             fail(f"{folder} was made with --{flag} {made.get(flag)}, not {getattr(args, flag)}: give another folder")
-    with about(f"{folder / 'metadata.jsonl'} is damaged: make it again with generate_pgd_adversarial.py --overwrite"):
-        entries = [json.loads(line) for line in (folder / "metadata.jsonl").read_bytes().strip().split(b"\n")]
-        checksums = {(entry["coco_id"], entry["caption"]): entry["sha256"] for entry in entries}
+    remedy, checksums = "make it again with generate_pgd_adversarial.py --overwrite", {}
+    with about(f"{folder}: {remedy}"):
+        lines = (folder / "metadata.jsonl").read_bytes().strip().split(b"\n")
+    for i, line in enumerate(lines, 1):
+        with about(f"{folder / 'metadata.jsonl'}: line {i} is damaged: {remedy}"):
+            entry = json.loads(line)
+            checksums[entry["coco_id"], entry["caption"]] = entry["sha256"]
 
     def read_twin(row):
         file = folder / twin_name(row["coco_id"])  # by the id: what the metadata names is not opened
-        with about(f"{file}: make it again with generate_pgd_adversarial.py --overwrite"):
+        try:
             data = file.read_bytes()
             checksum = checksums.get((row["coco_id"], row["caption"]))
             if hashlib.sha256(data).hexdigest() != checksum:
                 raise ValueError("it was altered after it was made" if checksum else "made for another caption")
             twin = np.asarray(read_image(data, ["PNG"])).transpose(2, 0, 1)
+            if twin.shape != row["pixels"].shape:
+                raise ValueError(f"it is of another size than {row['path']} here")
             if linf_grey_levels(twin[None], row["pixels"][None])[0] > grey_levels(args.eps):
                 raise ValueError(f"it is not in the ball around {row['path']}")
             return twin
+        except Exception as error:
+            raise ValueError(f"{file}: {describe(error)}") from None
 
-    with ThreadPoolExecutor(args.num_workers) as pool:
+    with about(f"--adversarial_dir {folder}: {remedy}"), ThreadPoolExecutor(args.num_workers) as pool:
         return np.stack(list(progress(pool.map(read_twin, examples), "read", len(examples), "image")))
 
 

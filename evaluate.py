@@ -207,11 +207,11 @@ def load_candidates(kind, examples):
     captions = examples["caption"][:]
     lists = examples["texts"][:] if kind == "mmeb" else [captions] * len(captions)
     index = {caption: i for i, caption in enumerate(dict.fromkeys(text for texts in lists for text in texts))}
-    if len(index) < 2:
-        fail("retrieval needs at least two different captions: raise --num_images")
     allowed = torch.zeros(len(captions), len(index), dtype=torch.bool)
     for i, texts in enumerate(lists):
         allowed[i, [index[text] for text in texts]] = True
+    if allowed.sum(1).min() < 2:
+        fail("retrieval needs at least two different captions for each image: raise --num_images")
     return Candidates(list(index), torch.tensor([index[caption] for caption in captions]), allowed)
 
 
