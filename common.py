@@ -523,9 +523,13 @@ class Clip(torch.nn.Module):
         self.bf16 = precision == "bf16" or (precision == "auto" and able)
         self.geometry = dict(open_clip.get_model_preprocess_cfg(model))
         self.geometry["size"] = to_2tuple(self.geometry["size"])
+        if not all(0 < side < 10_000 for side in self.geometry["size"]):
+            raise ValueError(f"its configuration asks for images of {self.geometry['size']} pixels")
         for key in ("mean", "std"):  # part of the model: what is attacked are pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
-        self.tokenizer, self.text_cache, self.train_ids = open_clip.get_tokenizer(arch), {}, train_ids
+        self.text_cache, self.train_ids = {}, train_ids
+        with about(f"the tokenizer of {arch} cannot be had; those of Hugging Face need pip install transformers"):
+            self.tokenizer = open_clip.get_tokenizer(arch)
 
     @property
     def logit_scale(self):

@@ -1,0 +1,121 @@
+"""Models of other forms as rows: each in its own geometry, from a loopback hub, with random weights and few layers."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import ROOT, metrics, shell
+from hub import serve_hub
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+import common
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
+VISION = {"image_size": 256, "layers": 2, "width": 64, "head_width": 32, "patch_size": 32}
+CLIPA = {"image_size": 336, "patch_size": 48, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+SIGLIP = {"image_size": 256, "timm_model_name": "vit_base_patch16_siglip_256", "timm_pool": "map", "timm_proj": "none"}
+RESNET = {"image_size": 96, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
+NEUTRAL = {"mean": [0.5] * 3, "std": [0.5] * 3}
+FORMS = {  # model_cfg, preprocess_cfg
+    "clipa": ({"embed_dim": 64, "vision_cfg": VISION | CLIPA, "text_cfg": TEXT},
+              {"interpolation": "bilinear", "resize_mode": "squash"}),
+    "siglip": ({"embed_dim": 768, "vision_cfg": SIGLIP, "text_cfg": TEXT, "custom_text": True, "init_logit_bias": -10},
+               NEUTRAL | {"resize_mode": "squash"}),
+    "b32": ({"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT}, {}),
+    "resnet": ({"embed_dim": 64, "vision_cfg": RESNET, "text_cfg": TEXT}, {"resize_mode": "longest"}),
+}  # fmt: skip
+COUNT = 4
+SMALL = ["--preset", "tiny", "--num_images", COUNT, "--steps", 2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The forms as folders, and adversarial images of the tiny CLIP."""
+    folder = tmp_path_factory.mktemp("forms")
+    for name, (model, preprocess) in FORMS.items():
+        (folder / name).mkdir()
+        config = {"model_cfg": model, "preprocess_cfg": preprocess}
+        (folder / name / "open_clip_config.json").write_text(json.dumps(config))
+        torch.manual_seed(0)
+        state = open_clip.create_model(f"local-dir:{folder / name}", load_weights=False).state_dict()
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / name / "open_clip_model.safetensors")
+    words = ["--split", "eval", "--cache_dir", folder / "cache", "--output_dir", folder / "adversarial_eval"]
+    shell("generate_pgd_adversarial.py", *SMALL, *words)
+    return folder
+
+
+def load(folder, name, *words):
+    words = ["--preset", "tiny", "--model", f"local-dir:{folder / name}", "--cache_dir", str(folder / "cache"), *words]
+    args = common.parse_flags(common.make_parser(""), words, lambda _: "x", lambda _: "eval")
+    return args, common.load_clip(args)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_pixels_and_gradient_are_open_clips_own(name, folder):
+    args, clip = load(folder, name)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder / name}")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
+    pixels = common.to_geometry(clip.geometry)(image)
+    images = common.as_images(pixels[None], clip.device)
+    assert torch.equal(((images - clip.mean) / clip.std)[0], preprocess(image))
+    x = images.requires_grad_()
+    (expected,) = torch.autograd.grad(F.normalize(model.eval().encode_image((x - clip.mean) / clip.std))[0, 0], x)
+    (ours,) = torch.autograd.grad(clip.frozen()(x)[0, 0], x)
+    assert (ours - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(folder):
+    repos = {f"models/org/{name}": folder / name for name in FORMS}
+    words = [*SMALL, "--attack_steps", 2, "--cache_dir", folder / "cache", "--adversarial_dir"]
+    words += [folder / "adversarial_eval", "--qualities"]
+    rows = [word for name in FORMS for word in ("--checkpoint", f"{name}=hf-hub:org/{name}")]
+    with serve_hub(repos) as hub:
+        offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+        env = {key: value for key, value in os.environ.items() if key not in offline}
+        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+        command = ["evaluate.py", *words, *rows, "--defence", "clipa+jpeg50", "--sanity"]
+        command = [sys.executable, *map(str, [ROOT / command[0], *command[1:], "--output_dir", folder / "evaluation"])]
+        printed = subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+    record = metrics(folder / "evaluation")
+    assert list(record["rows"]) == ["original", *FORMS, "clipa+jpeg50"]
+    assert all(len(re.findall(rf"^{name}: clean R@1", printed, re.M)) == 1 for name in FORMS)
+    for row in record["rows"].values():
+        figures = [value for value in row.values() if isinstance(value, float)]
+        assert np.isfinite(figures).all() and row["n"] == COUNT
+        assert row["white_box_similarity"] <= min(row["clean_similarity"], row["transfer_similarity"])
+    assert all(health["max_abs_delta_grey_levels"] == 8 for health in record["health"].values())
+    shell("evaluate.py", *words, "--output_dir", folder / "alone")
+    alone = metrics(folder / "alone")["rows"]["original"]
+    assert alone == record["rows"]["original"]
+
+
+def test_the_original_may_be_a_siglip(folder):
+    words = ["--split", "eval", "--num_images", 2, "--steps", 1, "--preset", "tiny", "--cache_dir", folder / "cache"]
+    words += ["--model", f"local-dir:{folder / 'siglip'}", "--output_dir", folder / "siglip_eval"]
+    shell("generate_pgd_adversarial.py", *words)
+    assert Image.open(next((folder / "siglip_eval" / "images").iterdir())).size == (256, 256)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "said"),
+    [
+        ({"image_size": 0}, {}, "cannot load"),
+        ({"image_size": "large"}, {}, "cannot load"),
+        ({}, {"hf_tokenizer_name": "org/none"}, "pip install transformers"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_one_line(vision, text, said, folder, tmp_path, capsys):
+    model = {"embed_dim": 64, "vision_cfg": VISION | vision, "text_cfg": TEXT | text}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    with pytest.raises(SystemExit) as end:
+        load(tmp_path, ".", "--pretrained", "random")
+    printed = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "\n" not in printed and said in printed, printed
