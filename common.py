@@ -794,7 +794,7 @@ SPLITS = {  # split, image column, caption column (a list has the positive first
 
 def as_images(pixels, device):
     """uint8 (B, 3, H, W), numpy or tensor -> float32 in [0, 1] on the device."""
-    pixels = torch.from_numpy(np.array(pixels))
+    pixels = pixels if torch.is_tensor(pixels) else torch.from_numpy(np.array(pixels))
     return pixels.to(device, non_blocking=device.type == "cuda").float() / 255  # elsewhere it reads freed memory
 
 
@@ -980,7 +980,7 @@ def match_files(paths, names):
     macOS's AppleDouble members, ._NAME, have names of their own.
     """
     by_file_name = {}
-    for name in names:
+    for name in (name for name in names if "__MACOSX/" not in name):
         by_file_name.setdefault(PurePosixPath(name).name, []).append(name)
     same = {path: by_file_name.get(PurePosixPath(path).name) for path in paths}
 
