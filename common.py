@@ -1246,31 +1246,36 @@ def announce(clip, pixels, captions, image_steps):
     """Before the first batch: say the work, and how long it takes here, from a timed step after a warm-up.
 
     image_steps   of the attack, forward and back to the pixels; a pair of training images is about three of them
-
-    On a GPU in bf16 the gradient of a batch is held against fp32 first: an attack along another is no evidence.
     """
-    count = min(len(pixels), clip.batch_size if clip.device.type == "cuda" else 2)
-    images, text_features = as_images(pixels[:count], clip.device), clip.encode_text(captions[:count])
-
-    def gradient():
-        x = images.clone().requires_grad_()
-        (grad,) = torch.autograd.grad((clip.frozen()(x) * text_features).sum(), x)
-        return grad.flatten(1).cpu()  # waits for the GPU
-
-    first = gradient()
-    if clip.bf16 and clip.device.type == "cuda":
-        clip.bf16, exact = False, None
-        exact, clip.bf16 = gradient(), True
-        agreement = F.cosine_similarity(first, exact).min().item()
-        if not agreement > 0.95:
-            fail(f"{clip.arch}: the bf16 gradient has a cosine of {agreement:.3f} with the fp32 one: --precision fp32")
+    few = pixels[: min(len(pixels), clip.batch_size if clip.device.type == "cuda" else 2)]
+    check_gradient(clip, few, captions)
+    pixel_gradient(clip, few, captions)
     began = time.perf_counter()
-    gradient()
-    seconds = (time.perf_counter() - began) / count * image_steps / PROCESSES
+    pixel_gradient(clip, few, captions)
+    seconds = (time.perf_counter() - began) / len(few) * image_steps / PROCESSES
     line = f"work: {image_steps:,} image-steps, about {duration(seconds)} on {PROCESSES} x {clip.device}"
     if clip.device.type == "cpu" and seconds > 1800:
         line += "; without a GPU, --preset tiny shows the same in minutes"
     print(line, flush=True)
+
+
+def pixel_gradient(clip, pixels, captions):
+    """Of each image's cosine with its own caption: (B, 3 H W) on the CPU, which waits for the GPU."""
+    images, text_features = as_images(pixels, clip.device).requires_grad_(), clip.encode_text(captions[: len(pixels)])
+    (grad,) = torch.autograd.grad((clip.frozen()(images) * text_features).sum(), images)
+    return grad.flatten(1).cpu()
+
+
+def check_gradient(clip, pixels, captions):
+    """On a GPU, end unless the bf16 gradient of a batch agrees with fp32: an attack along another is no evidence."""
+    if not clip.bf16 or clip.device.type != "cuda":
+        return
+    first = pixel_gradient(clip, pixels, captions)
+    clip.bf16 = False
+    agreement = F.cosine_similarity(first, pixel_gradient(clip, pixels, captions)).min().item()
+    clip.bf16 = True
+    if not agreement > 0.95:
+        fail(f"{clip.arch}: the bf16 gradient has a cosine of {agreement:.3f} with the fp32 one: --precision fp32")
 
 
 def duration(seconds):

@@ -696,6 +696,7 @@ def main(args):
     per_row, first_lowest = {}, None
     for row in rows:
         attack = row.attack(args)
+        common.check_gradient(row.clip, row.pixels[: row.clip.batch_size], examples["caption"][:])
         conditions, lowest, record["health"][row.name] = measure(row, candidates, attack, args.restarts, args.seed, run)
         per_row[row.name] = conditions
         summary = record["rows"][row.name] = summarise(conditions, args.seed)

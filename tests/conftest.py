@@ -1,21 +1,29 @@
+"""What the tests share: no setting of the user's reaches them, scripts run as from a shell, one small whole report."""
+
 import contextlib
 import io
 import json
 import os
 import runpy
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
-import torch  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN, EVAL, VALIDATION = 48, 16, 8
-SMALL = ["--preset", "tiny", "--num_images", EVAL, "--num_train_images", TRAIN, "--val_images", VALIDATION]
-SMALL += ["--epochs", 2, "--steps", 8, "--qualities", 50, "--online_images", TRAIN, "--online_steps", 2]
+for name in list(os.environ):
+    ours = name.startswith(("HF_", "HUGGINGFACE", "TORCH")) or name.lower().endswith("_proxy")
+    if ours or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        del os.environ[name]
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"HF_HOME": f"{tempfile.gettempdir()}/tests-without-a-hub", "OMP_NUM_THREADS": "1"}  # 2 workers, 2 cores
+os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # of processes that tests start
+import torch  # noqa: E402 - it reads them
+
+TINY = ROOT / "tests" / "tiny"
+SCRIPTS = ["generate_pgd_adversarial", "defend_clip_mat_v2", "defend_clip_pgd_v2", "eval_jpeg", "evaluate"]
+TRAIN, EVAL, VALIDATION = 48, 16, 8  # images of --preset smoke
 
 
 @pytest.fixture(autouse=True)
@@ -23,46 +31,43 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def encoder():
-    """A small smooth image encoder with parameters: (B, 3, 16, 16) -> (B, 8)."""
-    layers = [torch.nn.Conv2d(3, 8, 4, 4), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(128, 8)]
-    return torch.nn.Sequential(*layers).eval()
-
-
-def shell(*words, code=0, env=None):
-    """Run a script as a user's shell would; returns its stdout and stderr.
-
-    With env in a process of its own; else in this one, which saves the seconds of the imports.
-    """
+def shell(*words, code=0):
+    """Run a script as a user's shell would, in this process, which saves the imports: its stdout and stderr."""
     words = [str(ROOT / words[0]), *map(str, words[1:])]
-    if env is not None:
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env)
-        ended, stdout, stderr = done.returncode, done.stdout, done.stderr
-    else:
-        out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-        sys.argv, ended = words, 0
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                runpy.run_path(words[0], run_name="__main__")
-        except SystemExit as end:
-            ended = end.code or 0
-        finally:
-            sys.argv = argv
-        stdout, stderr = out.getvalue(), err.getvalue()
-    assert ended == code, stdout + stderr
-    return stdout, stderr
+    out, err, argv, ended = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = words
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        ended = end.code or 0
+    finally:
+        sys.argv = argv
+    assert ended == code, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
+def jsonl(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def refusal(capsys, call, *args):
+    """The one line with which a call ends, exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        call(*args)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
 @pytest.fixture(scope="session")
 def report(tmp_path_factory):
     """A whole small report; (folder of the stages, what evaluate.py printed, its command)."""
     folder = tmp_path_factory.mktemp("report")
-    command = ["evaluate.py", "--reproduce", *SMALL, "--output_dir", folder / "evaluation"]
-    command += ["--cache_dir", folder / "cache"]
-    printed, _ = shell(*command)
-    return folder, printed, command
+    command = ["evaluate.py", "--reproduce", "--preset", "smoke", "--qualities", 50]
+    command += ["--output_dir", folder / "evaluation", "--cache_dir", folder / "cache"]
+    return folder, shell(*command)[0], command

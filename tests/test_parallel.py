@@ -1,179 +1,161 @@
-"""The scripts under torchrun, two processes on the CPU, beside one process; --batch_size auto; --profile."""
+"""The scripts under torchrun, two processes on the CPU, beside one process."""
 
 import importlib
 import json
-import os
-import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import open_clip
 import pytest
 import torch
-from conftest import ROOT, shell
-from matplotlib.figure import Figure
+from conftest import ROOT, SCRIPTS, TINY, jsonl, metrics, refusal, shell
 from torch.distributed.run import get_args_parser
 
 import common
 
-TRAIN, EVAL, BATCH = 21, 5, 2  # a last batch that is smaller, and fewer batches than two processes could share evenly
-NO_DRAWING = "Figure.savefig = Figure.tight_layout = lambda *_, **__: None"  # which takes longer than the attacks
-STAGES = ["adversarial_train", "adversarial_eval", "mat", "pgd", "online"]
-SMALL = ["--preset", "tiny", "--steps", 2, "--sanity", "--sanity_images", 2, "--num_images", EVAL, "--qualities", 50]
-SMALL += ["--batch_size", BATCH]
-TRAINING = ["--num_train_images", TRAIN, "--val_images", 3, "--epochs", 1, "--online_images", TRAIN]
-TRAINING += ["--online_steps", 1, "--attack", "pgd"]
+TRAIN, EVAL, BATCH = 21, 5, 4  # a last batch that is smaller, and images that two processes cannot share evenly
+SMALL = ["--preset", "smoke", "--steps", 2, "--batch_size", 2]
+EVALUATED = [*SMALL, "--num_images", EVAL, "--qualities", 50]
+TRAINING = [*SMALL, "--num_images", TRAIN, "--val_images", 3, "--epochs", 1]
+COMMANDS = {  # in their order, by their folder
+    "adversarial_train": ["generate_pgd_adversarial.py", *SMALL, "--num_images", TRAIN],
+    "adversarial_eval": ["generate_pgd_adversarial.py", *SMALL, "--split", "eval", "--num_images", EVAL],
+    "mat": ["defend_clip_mat_v2.py", *TRAINING],
+    "pgd": ["defend_clip_pgd_v2.py", *TRAINING],
+    "online": ["defend_clip_pgd_v2.py", *TRAINING, "--online_steps", 1],
+    "jpeg": ["eval_jpeg.py", *EVALUATED],
+    "evaluation": ["evaluate.py", *EVALUATED, "--attack_steps", 3],
+}
+TRAININGS = ["mat", "pgd", "online"]
+DRIVER = """
+import json, runpy, sys
+from matplotlib.figure import Figure
+import common
+Figure.savefig = Figure.tight_layout = lambda *_, **__: None  # which takes longer than the attacks
+RANK_1_FAILS = {fails}
+if RANK_1_FAILS and common.RANK:
+    def keep(*_):
+        raise OSError(28, "No space left on device")
+    common.Run.keep = keep
+with common.process_group():
+    for sys.argv in json.loads(sys.argv[1]):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def launch(folder, *commands, code=0):
-    """Run commands under torchrun, one after the other in the same two processes; returns stdout, stderr of each."""
+def commands(folder, batch):
+    """All of them into one folder, trainings with so large a batch."""
+    for stage, words in COMMANDS.items():
+        words = [*words, "--output_dir", folder / stage, "--cache_dir", folder / "cache"]
+        yield [*words, "--batch_size", batch] if stage in TRAININGS else words
+
+
+def launch(folder, *commands, fails=False):
+    """Run commands under torchrun, one after the other in the same two processes: stdout, stderr of each."""
     driver, log = folder / "driver.py", folder / "log"
-    lines = ["import json, sys", "from matplotlib.figure import Figure", f"sys.path.insert(0, {str(ROOT)!r})"]
-    lines += [NO_DRAWING, "import common", "with common.join_group():"]
-    driver.write_text(
-        "\n".join([*lines, "    for words in json.loads(sys.argv[1]):", "        common.run_script(words)"])
-    )
-    words = json.dumps([[str(word) for word in command] for command in commands])
+    driver.write_text(DRIVER.format(fails=fails))
+    words = json.dumps([[f"{ROOT}/{word}" if not i else str(word) for i, word in enumerate(c)] for c in commands])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     torchrun += ["--log-dir", log, "--redirects", "3", driver, words]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, torchrun)), capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run(list(map(str, torchrun)), capture_output=True, text=True, timeout=200)
     said = [[next(log.rglob(f"{rank}/std{n}.log")).read_text() for n in ("out", "err")] for rank in (0, 1)]
-    assert (done.returncode != 0) == (code != 0), done.stderr + str(said)
+    assert (done.returncode != 0) == fails, done.stderr + str(said)
     return said
-
-
-def read(folder, name="metrics.json"):
-    return json.loads((folder / name).read_text())
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As under torchrun: the order of a sum depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A whole small report and eval_jpeg.py by two processes; (folder, what each process printed)."""
+    """Every script by two processes; (folder, what each process printed)."""
     folder = tmp_path_factory.mktemp("two")
-    cache = ["--cache_dir", folder / "cache"]
-    report = ["evaluate.py", "--reproduce", *SMALL, *TRAINING, "--train_batch_size", 4]
-    jpeg = ["eval_jpeg.py", *SMALL[:4], *SMALL[7:], *cache, "--output_dir", folder / "jpeg"]
-    said = launch(folder, [*report, *cache, "--output_dir", folder / "evaluation"], jpeg)
-    return folder, said
+    return folder, launch(folder, *commands(folder, BATCH))
 
 
 @pytest.fixture(scope="module")
 def failing(two, tmp_path_factory):
-    """A run by two processes that meets a broken image; (folder, the future of what each process printed)."""
+    """A run whose second process fails, beside the runs of one process; (folder, future of what each printed)."""
     folder = tmp_path_factory.mktemp("failing")
-    args = common.parse_flags(common.make_parser(""), SMALL[:2], stage="x", images="eval", batch="attack")
-    for _, path, _ in common.open_split(args, "eval")[2][:3]:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text("no image")
-    words = ["--preset", "tiny", "--split", "eval", "--num_images", 3, "--image_root", folder]
-    words += ["--output_dir", folder / "out", "--cache_dir", folder / "cache"]
-    with ThreadPoolExecutor(1) as pool:  # beside the runs of one process
-        yield folder, pool.submit(launch, folder, ["generate_pgd_adversarial.py", *words], code=2)
+    words = [*COMMANDS["adversarial_eval"], "--output_dir", folder / "out", "--cache_dir", two[0] / "cache"]
+    with ThreadPoolExecutor(1) as pool:
+        yield folder, pool.submit(launch, folder, words, fails=True)
 
 
 @pytest.fixture(scope="module")
 def one(two, failing, tmp_path_factory):
-    """The same stages by one process, the trainings with the double batch."""
+    """The same by one process, the trainings with the double batch; evaluated are the trainings of two."""
     folder = tmp_path_factory.mktemp("one")
-    commands = [line.split()[2:] for line in two[1][0][0].splitlines() if line.startswith("$ python")]
-    commands = {words[-1].rpartition("/")[2]: words[:-1] for words in commands}
-    for stage in STAGES:
-        double = ["--batch_size", 8] if stage in STAGES[2:] else []
-        shell(*commands[stage], folder / stage, *double)
+    for words in commands(folder, 2 * BATCH):
+        if words[0] == "evaluate.py":
+            for stage in TRAININGS:
+                (folder / stage).rename(folder / f"{stage}_of_one")
+                (folder / stage).symlink_to(two[0] / stage)
+        shell(*words)
     return folder
 
 
 def test_two_processes_make_the_same_adversarial_images_in_the_same_order(one, two):
-    for stage in STAGES[:2]:
+    for stage in ("adversarial_train", "adversarial_eval"):
         files = {path.relative_to(one / stage) for path in (one / stage).rglob("*.*")}
         assert files == {path.relative_to(two[0] / stage) for path in (two[0] / stage).rglob("*.*")}
         for file in files - {(one / stage / "metrics.json").relative_to(one / stage)}:
             assert (one / stage / file).read_bytes() == (two[0] / stage / file).read_bytes(), file
-        records = read(one / stage), read(two[0] / stage)
+        records = metrics(one / stage), metrics(two[0] / stage)
         assert [record["processes"] for record in records] == [1, 2]
         for key in ("n", "clean_similarity", "adversarial_similarity", "attack", "share_lowered"):
             assert records[0][key] == records[1][key]
 
 
 def test_two_processes_train_like_one_with_the_double_batch(one, two):
-    before = common.open_clip.create_model(f"local-dir:{ROOT}/tests/tiny/clip").visual.state_dict()
-    for stage in STAGES[2:]:
-        logs = log_of(one / stage), log_of(two[0] / stage)
+    before = open_clip.create_model(f"local-dir:{TINY}/clip").visual.state_dict()
+    for stage in TRAININGS:
+        folders = one / f"{stage}_of_one", two[0] / stage
+        logs, records = [jsonl(folder / "log.jsonl") for folder in folders], [metrics(folder) for folder in folders]
         assert [entry["step"] for entry in logs[1]] == [1, 2, 3]
         for ours, theirs in zip(*logs, strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)  # AdamW hides a wrong scale
-        records = read(one / stage), read(two[0] / stage)
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5, rel=1e-3)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)  # AdamW hides a wrong scale
         assert [record["global_batch_size"] for record in records] == [8, 8]
         for ours, theirs in zip(records[0]["epochs"], records[1]["epochs"], strict=True):
             assert ours["val_white_box"] == pytest.approx(theirs["val_white_box"], abs=2e-3)
-        weights = [torch.load(folder / stage / "last.pt")["state_dict"] for folder in (one, two[0])]
+        weights = [torch.load(folder / "last.pt")["state_dict"] for folder in folders]
         moved, apart = (
             sum((weights[0][f"visual.{key}"] - other(key)).square().sum() for key in before).sqrt()
             for other in (before.get, lambda key, trained=weights[1]: trained[f"visual.{key}"])
         )
-        assert moved > 0.01 and apart < 0.03 * moved
+        assert moved > 0.005 and apart < 0.05 * moved
 
 
-def test_two_processes_print_the_same_table_and_per_image_figures(two, tmp_path, monkeypatch):
-    for method in ("savefig", "tight_layout"):
-        monkeypatch.setattr(Figure, method, lambda *_, **__: None)
-    folder, said = two
-    for stage in STAGES:
-        shutil.copytree(folder / stage, tmp_path / stage)
-    again = ["--cache_dir", folder / "cache", "--output_dir"]
-    printed, _ = shell("evaluate.py", *SMALL, *TRAINING, "--train_batch_size", 4, *again, tmp_path / "evaluation")
-    records = read(tmp_path / "evaluation"), read(folder / "evaluation")
-    for key in ("rows", "per_image", "paired", "attacks", "health", "sanity", "coco_ids"):
+def test_two_processes_print_the_same_table_and_per_image_figures(one, two):
+    records = metrics(one / "evaluation"), metrics(two[0] / "evaluation")
+    for key in ("rows", "per_image", "paired", "health", "coco_ids"):
         assert records[0][key] == records[1][key], key
-    tables = [(place / "evaluation" / "table.md").read_text() for place in (tmp_path, folder)]
-    assert tables[0] == tables[1]
-    assert printed.split("cosine loss")[1].split("\n\nin ")[0] in said[0][0]
-    shell("eval_jpeg.py", *SMALL[:4], *SMALL[7:], *again, tmp_path / "jpeg")
-    records = read(tmp_path / "jpeg"), read(folder / "jpeg")
+    tables = [(folder / "evaluation" / "table.md").read_text() for folder in (one, two[0])]
+    assert tables[0] == tables[1] and "caption-aware, online" in tables[0]
+    records = metrics(one / "jpeg"), metrics(two[0] / "jpeg")
     for key in ("qualities", "attack"):
         assert records[0][key] == records[1][key], key
 
 
 def test_only_rank_0_prints(two):
-    (out, err), silent = two[1]
-    assert "2 processes, 4 images each: a global batch of 8" in out and "Traceback" not in err
-    assert silent == ["", ""]
+    (out, err), (silent, errors) = two[1]
+    assert "white-box: momentum PGD" in out and silent == "" and "Traceback" not in err + errors
 
 
-def test_what_one_process_finds_wrong_ends_both_with_one_line(failing):
+def test_a_failing_process_ends_the_other_with_one_line_and_without_a_hang(failing):
     folder, launched = failing
-    (_, err), silent = launched.result()  # rank 1 waited for the decoder
-    assert "broken image" in err and len(err.strip().splitlines()) == 1
-    assert silent == ["", ""]
-    assert not list(folder.rglob("metrics.json")) and not list((folder / "cache").glob(".*"))
+    (_, err), (_, line) = launched.result()  # rank 0 waits for the shares
+    assert "Traceback" not in err + line and "No space left" in line and len(line.strip().splitlines()) == 1
+    assert not list(folder.rglob("metrics.json"))
 
 
 def test_the_other_processes_let_rank_0_speak_first(monkeypatch, capsys):
     waits = []
     monkeypatch.setattr(common, "RANK", 1)
     monkeypatch.setattr(common.time, "sleep", lambda seconds: waits.append((seconds, capsys.readouterr().err)))
-    with pytest.raises(SystemExit) as end:
-        common.fail("the disk of this process is full")
-    assert end.value.code == 2 and waits == [(10, "")] and "is full" in capsys.readouterr().err
+    assert "is full" in refusal(capsys, common.fail, "the disk of this process is full") and waits == [(10, "")]
 
 
-@pytest.mark.parametrize("script", ["generate_pgd_adversarial", "defend_clip_mat_v2", "defend_clip_pgd_v2", "evaluate"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_torchrun_passes_every_flag_on(script, monkeypatch):
     """It fails on what could begin two names of its own flags, even after the script's name."""
     seen = []
@@ -184,60 +166,3 @@ def test_torchrun_passes_every_flag_on(script, monkeypatch):
         value = [] if action.nargs == 0 else ["1"]
         given = get_args_parser().parse_args(["script.py", action.option_strings[0], *value])
         assert given.training_script_args == [action.option_strings[0], *value]
-
-
-class Gpu(str):
-    """The CPU, by the name of a GPU."""
-
-    type = "cuda"
-
-
-def test_batch_size_auto_halves_remembers_and_loses_nothing(monkeypatch):
-    words = ["--preset", "tiny", "--steps", "2", "--batch_size", "auto"]
-    args = common.parse_flags(common.make_parser(""), words, stage="x", images="eval", batch="attack")
-    examples, clip = common.load_examples(args, "eval", 11), common.load_clip(args)
-    loss_at = common.own_caption(clip.frozen(), clip.encode_text(examples.captions))
-    pgd, sizes = common.pgd, []
-
-    def small_memory(loss_fn, images, **options):
-        sizes.append(len(images))
-        if len(images) > 3:
-            raise torch.OutOfMemoryError("planted")
-        return pgd(loss_fn, images, **options)
-
-    monkeypatch.setattr(common, "pick_device", lambda name: Gpu("cpu"))
-    monkeypatch.setattr(common, "largest_batch", common.largest_batch)
-    monkeypatch.setattr(common, "pgd", small_memory)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    pixels_adv, health = common.attack_all(loss_at, examples, args)
-    assert sizes == [11, 5, 2, 2, 2, 2, 2, 1]
-    again, _ = common.attack_all(loss_at, examples, args)
-    assert sizes[8:] == [2, 2, 2, 2, 2, 1]
-    args.batch_size = 2
-    fixed, fixed_health = common.attack_all(loss_at, examples, args)
-    assert torch.equal(pixels_adv, fixed) and torch.equal(again, fixed) and health == fixed_health
-    args.batch_size = 4
-    with pytest.raises(torch.OutOfMemoryError):  # a size that was asked for is kept
-        common.attack_all(loss_at, examples, args)
-    args.batch_size = "auto"
-    monkeypatch.setattr(common, "pgd", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("planted")))
-    with pytest.raises(torch.OutOfMemoryError):  # not even one image fits
-        common.attack_all(loss_at, examples, args)
-
-
-def test_profile_traces_the_second_batch_and_changes_no_result(one, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "blocks", 0)
-    words = ["--preset", "tiny", "--split", "eval", "--num_images", EVAL, "--steps", 2]
-    printed, _ = shell(
-        "generate_pgd_adversarial.py", *words, "--batch_size", BATCH, "--profile", "--output_dir", tmp_path
-    )
-    summary = re.findall(r"^  (\w+) +([\d.]+)%$", printed, re.M)
-    assert [kind for kind, _ in summary] == ["data", "attention", "products", "elementwise", "idle"]
-    shares = {kind: float(share) for kind, share in summary}
-    assert sum(shares.values()) == pytest.approx(100, abs=2) and shares["products"] > 5
-    assert read(tmp_path, "trace.json")["traceEvents"]
-    metadata = [(folder / "metadata.jsonl").read_text() for folder in (tmp_path, one / "adversarial_eval")]
-    assert metadata[0] == metadata[1]
-    monkeypatch.setattr(common, "blocks", 0)
-    words += ["--batch_size", "auto", "--profile", "--output_dir", tmp_path, "--overwrite"]
-    assert "no second batch to trace" in shell("generate_pgd_adversarial.py", *words)[0]

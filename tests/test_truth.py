@@ -1,166 +1,163 @@
-"""The sanity battery on planted defences, the worst case over attacks, intervals, candidates, adaptive JPEG."""
+"""The sanity battery on planted defences, the worst case over attacks, ranks, paired intervals, rows of the table."""
 
 import copy
-import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import TINY, refusal
 from torch.nn import functional as F
 
 import common
 import evaluate
 
 IMAGES = 12
+ATTACK = common.white_box(8 / 255, 20)
 
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-    """The tiny CLIP, a few evaluation images with their transfer images, and the flags."""
-    words = ["--preset", "tiny", "--cache_dir", str(tmp_path_factory.mktemp("cache")), "--steps", "8"]
-    words += ["--alpha", "3/255", "--sanity_images", str(IMAGES), "--batch_size", str(IMAGES)]
+    """The tiny CLIP as a row of a few evaluation images with their transferred ones; flags, examples, candidates."""
+    words = ["--preset", "tiny", "--cache_dir", str(tmp_path_factory.mktemp("cache")), "--num_images", str(IMAGES)]
     args = evaluate.parse_args(words)
-    examples = common.load_examples(args, "eval", IMAGES)
     clip = common.load_clip(args)
-    candidates = evaluate.load_candidates(args, examples)
-    transfer, _, _ = evaluate.attack_row(evaluate.Row("original", clip), examples, candidates, args)
-    return args, clip, examples, candidates, transfer
+    examples = common.load_examples(args, "eval", range(IMAGES), clip.geometry)
+    candidates, pixels = evaluate.load_candidates("evaluation", examples), examples[:]["pixels"]
+    row = evaluate.Row("original", clip, pixels, pixels)
+    transfer, _ = evaluate.attack_row(common.Attack(8 / 255, 2 / 255, 8), row, candidates)
+    row = replace(row, transfer=transfer.numpy())
+    return SimpleNamespace(args=args, examples=examples, candidates=candidates, row=row)
 
 
-def failed(row, setup):
-    """The checks of the battery that a row fails."""
-    args, _, examples, candidates, transfer = setup
-    means = {name: 0.0 for name, _ in evaluate.attacks_on(row, args)}
-    checks, curve = evaluate.sanity(row, examples, transfer, candidates, args, means)
-    assert [eps for eps, _, _ in curve] == evaluate.EPS_CURVE
-    return {check for check, holds, _ in checks if not holds}
-
-
+@dataclass
 class Planted(evaluate.Row):
     """A row whose defence is a function put in front of the model or behind it."""
 
-    before = staticmethod(lambda images: images)
-    after = staticmethod(lambda features: features)
+    before: Callable = lambda images: images
+    after: Callable = lambda features: features
 
     def view(self, encode_image, seed, codec=None):
         return lambda images: self.after(encode_image(self.before(images)))
 
 
+def planted(setup, **functions):
+    return Planted(**vars(setup.row) | functions)
+
+
+def failed(row, setup, count=4, steps=5):
+    """The checks of the battery that a row fails."""
+    few = slice(count)
+    checks, curve = evaluate.sanity(row.part(few), setup.candidates.part(few), replace(ATTACK, steps=steps), 0)
+    assert [levels for levels, *_ in curve] == evaluate.EPS_CURVE
+    return {check for check, holds, _ in checks if not holds}
+
+
 def test_an_honest_model_passes_every_check(setup):
-    assert failed(evaluate.Row("original", setup[1]), setup) == set()
+    assert failed(setup.row, setup, count=8, steps=20) == set()
 
 
 def test_a_quantiser_in_front_is_flagged(setup):
-    row = Planted("quantiser", setup[1])
-    row.before = lambda images: (images * 16).round() / 16
-    assert {"gradients are there and finite", "transfer does not beat white-box"} <= failed(row, setup)
+    row = planted(setup, before=lambda images: (images * 16).round() / 16)
+    assert "gradients are there and finite" in failed(row, setup)
 
 
 def test_underflowing_features_are_flagged(setup):
-    row = Planted("underflow", setup[1])
-    row.after = lambda features: (features * 1e-30) * 1e-20 + features.detach()
+    row = planted(setup, after=lambda features: (features * 1e-30) * 1e-20 + features.detach())
     assert "gradients are there and finite" in failed(row, setup)
 
 
 def test_a_randomised_input_is_flagged(setup):
-    row = Planted("noise", setup[1])
-    row.before = lambda images: (images + 0.3 * torch.randn_like(images)).clamp(0, 1)
-    assert "the same image gives the same features" in failed(row, setup)
+    row = planted(setup, before=lambda images: (images + 0.3 * torch.randn_like(images)).clamp(0, 1))
+    assert "another look gives the same" in failed(row, setup)
 
 
 def test_nan_features_end_the_run(setup, capsys):
-    args, clip, examples, candidates, _ = setup
-    row = Planted("nan", clip)
-    row.after = lambda features: features * torch.nan
-    with pytest.raises(SystemExit):
-        evaluate.score(row, examples.pixels, candidates, args)
-    assert "not finite" in capsys.readouterr().err
+    row = planted(setup, after=lambda features: features * torch.nan)
+    assert "not finite" in refusal(capsys, evaluate.score, row, row.pixels, setup.candidates, 0)
 
 
 def test_the_worst_case_is_no_milder_than_any_attack(setup):
-    args, clip, examples, candidates, transfer = setup
-    args = copy.copy(args)
-    args.attack, args.attack_loss, args.restarts = ["pgd", "apgd"], ["cosine", "margin"], 2
-    row = evaluate.Row("original", clip)
-    conditions, pixels, means, health = evaluate.measure(row, examples, transfer, candidates, args)
-    assert len(means) == 8 and health["max_abs_delta_grey_levels"] == 8
+    row, attack = setup.row, replace(ATTACK, steps=6)
+    conditions, lowest, health = evaluate.measure(row, setup.candidates, attack, 2, 0)
     worst = conditions["white_box"]
-    assert worst["similarity"].mean() <= min(*means.values(), conditions["transfer"]["similarity"].mean()) + 1e-6
-    again = evaluate.score(row, pixels, candidates, args)["similarity"]
+    for start in (row.transfer, None):
+        found, _ = evaluate.attack_both(replace(attack, seed=7919), row, setup.candidates, start, 0)
+        for pixels_adv in found:
+            scored = evaluate.score(row, pixels_adv, setup.candidates, 0)
+            for key in ("similarity", "margin"):
+                assert (worst[key] <= scored[key] + 1e-6).all() and (worst[key] <= conditions["transfer"][key]).all()
+            assert (worst["rank_i2t"] >= scored["rank_i2t"]).all()
+    again = evaluate.score(row, lowest, setup.candidates, 0)["similarity"]
     np.testing.assert_allclose(again, worst["similarity"], atol=1e-5)
-    assert common.linf_grey_levels(examples.pixels, pixels).max() <= 8
+    assert common.linf_grey_levels(row.pixels, lowest).max() == 8 == health["max_abs_delta_grey_levels"]
 
 
-def test_the_margin_loss_is_the_retrieval_failure_itself(setup):
-    args, clip, examples, candidates, _ = setup
-    row = evaluate.Row("original", clip)
-    images = common.as_images(np.asarray(examples.pixels), clip.device)
-    with torch.no_grad():
-        loss = evaluate.attack_loss("margin", row, candidates)(clip.encode_image, slice(0, IMAGES))(images)
-    scored = evaluate.score(row, examples.pixels, candidates, args)
-    np.testing.assert_allclose(-loss.numpy(), scored["margin"], atol=1e-5)
-    assert ((loss.numpy() > 0) == (scored["rank_i2t"] > 0)).all()
+def test_the_margin_attack_is_on_survivors_alone_and_never_raises_recall(setup, monkeypatch):
+    attacks, attack_row = [], evaluate.attack_row
+    monkeypatch.setattr(evaluate, "attack_row", lambda *given: attacks.append(given[:2]) or attack_row(*given))
+    few = replace(ATTACK, steps=2)  # too weak for all of the images
+    (lowest, narrowest), _ = evaluate.attack_both(few, setup.row, setup.candidates, None, 0)
+    before, after = (evaluate.score(setup.row, x, setup.candidates, 0)["rank_i2t"] for x in (lowest, narrowest))
+    (_, whole), (on_margin, part) = attacks
+    assert on_margin.loss == "margin" and 0 < len(part.pixels) == (before == 0).sum() < len(whole.pixels)
+    assert torch.equal(lowest[before > 0], narrowest[before > 0])
+    assert (after >= before).all() and (after > before).any()
+    lost = replace(ATTACK, steps=40), setup.row, setup.candidates, setup.row.transfer, 0
+    assert len(evaluate.attack_both(*lost)[0]) == 1  # nobody is left
+
+
+def test_the_margin_loss_is_the_retrieval_failure_itself(setup, monkeypatch):
+    losses = {}
+    monkeypatch.setattr(evaluate, "attack_all", lambda attack, loss_at, *_: losses.setdefault(attack.loss, loss_at))
+    scored = evaluate.score(setup.row, setup.row.transfer, setup.candidates, 0)
+    for loss, key in (("cosine", "similarity"), ("margin", "margin")):
+        loss_at = evaluate.attack_row(replace(ATTACK, loss=loss), setup.row, setup.candidates)
+        values = loss_at(slice(0, IMAGES))(common.as_images(setup.row.transfer, torch.device("cpu")))
+        np.testing.assert_allclose(-values.detach(), scored[key], atol=1e-5)
+    assert ((values.detach().numpy() > 0) == (scored["rank_i2t"] > 0)).all()
 
 
 def test_scores_on_a_hand_made_ranking(setup):
-    args, clip, examples, _, _ = setup
-    captions = examples.captions[:3]
-    candidates = evaluate.Candidates(captions, torch.arange(3), torch.ones(3, 3, dtype=torch.bool))
+    candidates = evaluate.Candidates(["a", "b", "c"], torch.arange(3), torch.ones(3, 3, dtype=torch.bool))
     features = F.normalize(torch.tensor([[3.0, 1, 0], [4, 3, 0], [4, 0, 3]]), dim=1)
-    row = Planted("fixed", clip)
-    row.view = lambda encode_image, seed: lambda images: features
-    clip = copy.copy(clip)
-    row.clip = clip
-    clip.encode_text = lambda texts: torch.eye(3)[: len(texts)]
-    scored = evaluate.score(row, examples.pixels[:3], candidates, args)
+    row = planted(setup, clip=copy.copy(setup.row.clip), after=lambda _: features)
+    row.clip.encode_text = lambda texts: torch.eye(3)[: len(texts)]
+    scored = evaluate.score(row, row.pixels[:3], candidates, 0)
     assert scored["rank_i2t"].tolist() == [0, 1, 1]  # image 1 prefers caption 0, image 2 too
     assert scored["rank_t2i"].tolist() == [0, 0, 0]  # each caption prefers its own image
     np.testing.assert_allclose(scored["similarity"], features.diagonal())
     assert scored["margin"][1] == pytest.approx(0.6 - 0.8)
-    row.view = lambda encode_image, seed: lambda images: torch.ones(3, 3)
-    assert evaluate.score(row, examples.pixels[:3], candidates, args)["rank_t2i"].tolist() == [2, 2, 2]  # collapsed
+    candidates.allowed[1, 0] = False  # what is no candidate does not count
+    assert evaluate.score(row, row.pixels[:3], candidates, 0)["rank_i2t"].tolist() == [0, 0, 1]
+    row.after = lambda _: torch.ones(3, 3)
+    assert evaluate.score(row, row.pixels[:3], candidates, 0)["rank_t2i"].tolist() == [2, 2, 2]  # collapsed
 
 
 def test_mmeb_candidates_are_the_rows_own_lists(setup):
-    args, _, examples, _, _ = setup
-    args = copy.copy(args)
-    args.candidates = "mmeb"
-    candidates = evaluate.load_candidates(args, examples)
+    candidates, captions = evaluate.load_candidates("mmeb", setup.examples), setup.examples["caption"][:]
     assert len(candidates.captions) == 120 and candidates.allowed.all()
-    assert [candidates.captions[i] for i in candidates.own] == examples.captions
-
-
-@pytest.mark.parametrize("quality", [75, 50, 30])
-def test_differentiable_jpeg_is_within_a_grey_level_of_pillow_and_has_a_gradient(setup, quality):
-    images = common.as_images(np.asarray(setup[2].pixels), "cpu").requires_grad_()
-    ours = evaluate.differentiable_jpeg(images, quality)
-    real = common.jpeg(images, quality)
-    assert 255 * (ours - real).abs().mean() < 1
-    (grad,) = torch.autograd.grad(ours.square().sum(), images)
-    assert grad.isfinite().all() and (grad != 0).float().mean() > 0.9
+    assert [candidates.captions[i] for i in candidates.own] == captions
 
 
 def test_random_jpeg_draws_differ_by_image_and_look_but_not_by_run(setup):
-    _, clip, examples, _, _ = setup
-    row = evaluate.Row("JPEG random", clip, ("random",))
-    images = common.as_images(np.asarray(examples.pixels[:1]).repeat(8, 0), "cpu")
+    row = replace(setup.row, qualities=("random",))
+    images = common.as_images(row.pixels[:1].repeat(8, 0), torch.device("cpu"))
     with torch.no_grad():
-        view = row.view(clip.encode_image, 0)
+        view = row.view(row.clip.encode_image, 0)
         first, second = view(images), view(images)
-        again = row.view(clip.encode_image, 0)(images)
+        again = row.view(row.clip.encode_image, 0)(images)
     assert torch.equal(first, again) and not torch.equal(first, second)
     assert (first[0] != first[1:]).any()
 
 
 def test_paired_intervals_separate_what_means_alone_do_not():
     """A constant gain of 0.02 under a spread of 0.3: the intervals of the rows overlap, the paired one excludes 0."""
-    base = np.random.default_rng(0).normal(0.3, 0.3, 60)
-    rank = np.zeros(60)
-    rows = {
-        name: {"white_box": {"similarity": values, "rank_i2t": rank}}
-        for name, values in (("a", base), ("b", base + 0.02), ("c", np.random.default_rng(1).permutation(base)))
-    }
+    base, rank = np.random.default_rng(0).normal(0.3, 0.3, 60), np.zeros(60)
+    values = {"a": base, "b": base + 0.02, "c": np.random.default_rng(1).permutation(base)}
+    rows = {name: {"white_box": {"similarity": each, "rank_i2t": rank}} for name, each in values.items()}
     pairs = {tuple(pair["rows"]): pair for pair in evaluate.compare_rows(rows, 0)}
     assert pairs["a", "b"]["separated"] and not pairs["a", "c"]["separated"]
     assert pairs["a", "b"]["similarity"] == pytest.approx(-0.02)
@@ -168,13 +165,28 @@ def test_paired_intervals_separate_what_means_alone_do_not():
 
 
 def test_bare_visual_towers_and_other_models_are_rows(setup, tmp_path):
-    args, clip, *_ = setup
-    visual = {key: value * 1.01 for key, value in clip.model.visual.state_dict().items()}
+    visual = {key: value * 1.01 for key, value in setup.row.clip.model.visual.state_dict().items()}
     torch.save(visual, tmp_path / "tower.pt")
-    loaded = common.load_clip(args, str(tmp_path / "tower.pt"))
-    for key, value in loaded.model.visual.state_dict().items():
-        assert torch.equal(value, visual[key])
-    assert torch.equal(loaded.model.positional_embedding, clip.model.positional_embedding)
-    other = common.load_clip(args, f"local-dir:{ROOT / 'tests' / 'tiny' / 'clip'}")
-    assert torch.equal(other.model.visual.proj, clip.model.visual.proj)
-    assert json.loads((ROOT / "tests/tiny/clip/open_clip_config.json").read_text())["model_cfg"]["quick_gelu"]
+    loaded = common.load_clip(setup.args, str(tmp_path / "tower.pt")).model
+    assert all(torch.equal(value, visual[key]) for key, value in loaded.visual.state_dict().items())
+    assert torch.equal(loaded.positional_embedding, setup.row.clip.model.positional_embedding)
+    other = common.load_clip(setup.args, f"local-dir:{TINY / 'clip'}")
+    assert torch.equal(other.model.visual.proj, setup.row.clip.model.visual.proj)
+
+
+def test_a_model_of_another_geometry_is_measured_in_its_own_pixels(setup):
+    clip = copy.copy(setup.row.clip)
+    clip.geometry = clip.geometry | {"size": (48, 48)}
+    row = evaluate.in_geometry(setup.row, clip, setup.args)
+    assert row.pixels.shape == row.transfer.shape == (IMAGES, 3, 48, 48)
+    assert evaluate.in_geometry(setup.row, setup.row.clip, setup.args).pixels is setup.row.pixels
+
+
+def test_five_images_are_shared_out_as_three_and_two(setup, monkeypatch):
+    monkeypatch.setattr(common, "PROCESSES", 2)
+    loss_at = common.own_caption(setup.row.clip.frozen(), setup.row.clip.encode_text(setup.examples["caption"][:]))
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(common, "RANK", rank)
+        shares += common.attack_images(replace(ATTACK, steps=1), loss_at, setup.row.pixels[:5], setup.row.clip)
+    assert [(here.start, here.stop, len(pixels)) for here, pixels, _ in shares] == [(0, 3, 3), (3, 5, 2)]

@@ -33,9 +33,8 @@ TRAINING = ["--num_images", 96, "--val_images", 16, "--epochs", 3, "--steps", 5,
 KINDS = {
     "generation": ["generate_pgd_adversarial.py", "--num_images", 160, "--batch_size", 16, "--steps", 10],
     "offline": ["defend_clip_pgd_v2.py", *TRAINING, "--adversarial_dir", "{shared}/adversarial_train"],
-    "online": ["defend_clip_pgd_v2.py", *TRAINING, "--adversarial_dir", "{shared}/adversarial_train"]
-    + ["--online_steps", 5],
-    "evaluation": ["evaluate.py", "--sanity", "--num_images", 40, "--sanity_images", 8, "--steps", 5]
+    "online": ["defend_clip_pgd_v2.py", *TRAINING, "--online_steps", 5],
+    "evaluation": ["evaluate.py", "--sanity", "--num_images", 24, "--steps", 5, "--attack_steps", 5]
     + ["--qualities", 50, "--adversarial_dir", "{shared}/adversarial_eval"],
 }
 
@@ -114,7 +113,7 @@ def main():
     good = 0
     with tempfile.TemporaryDirectory() as folder:
         shared = Path(folder)
-        for split, words in {"train": TRAINING[:2], "eval": ["--num_images", 40]}.items():
+        for split, words in {"train": TRAINING[:2], "eval": ["--num_images", 24]}.items():
             words = ["generate_pgd_adversarial.py", "--split", split, *words, "--steps", 5]
             run(words, shared, shared / f"adversarial_{split}")
         for place, kind in enumerate(kinds):

@@ -63,7 +63,7 @@ def main():
             words += ["--cache_dir", folder / f"cache_{count}"]
             made = folder / f"adversarial_{count}"
             peaks["generation"].append(peak("generate_pgd_adversarial.py", made, "--split", "eval", *words))
-            words += ["--adversarial_dir", made, "--qualities", 50]
+            words += ["--adversarial_dir", made, "--qualities", 50, "--attack_steps", args.steps]
             peaks["evaluation"].append(peak("evaluate.py", folder / f"evaluation_{count}", *words))
     for name, (small, large) in peaks.items():
         said = f"{args.small} images {small / 1e6:.0f} MB, {args.large} images {large / 1e6:.0f} MB"

@@ -13,11 +13,11 @@ of tests/tiny at the size of the model. With a GPU also: how much of its time ge
 import argparse
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +32,7 @@ import common  # noqa: E402
 SCRIPTS = {"attack": "generate_pgd_adversarial.py", "training": "defend_clip_mat_v2.py"}
 UNITS = {"attack": "image-steps/s", "training": "images/s"}
 IDLE_TARGET = 0.05
+EPOCH = {"epoch": 1, "val_white_box": 0.0}  # in place of a validation
 
 
 def command(what, processes, args, folder):
@@ -60,18 +61,21 @@ def sample(what, processes, args, folder):
 
 def work(words):
     """Run a script in this process of several; rank 0 prints the batches that all did in a second."""
-    ends = []
+    ends, trainer = [], common.Trainer
 
-    @contextmanager
-    def clock(_):
-        yield
-        ends.append(time.perf_counter())
+    def clocked(function):
+        def call(*given, **options):
+            value = function(*given, **options)
+            ends.append(time.perf_counter())
+            return value
 
-    common.profiled = clock  # is around every batch
-    common.validate = lambda *_: {"val_clean": 0.0, "val_white_box": 0.0}
-    common.write_checkpoints = lambda *_: None
-    with common.join_group():
-        common.run_script(words)
+        return call
+
+    common.pgd = clocked(common.pgd)
+    trainer.end_step, trainer.end_epoch = clocked(trainer.end_step), lambda self, *_: self.epochs.append(EPOCH)
+    sys.argv = words
+    with common.process_group():
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
         print(sum(common.gather((len(ends) - 1) / (ends[-1] - ends[0]))))
 
 
@@ -164,7 +168,7 @@ def main(argv=None):
         else:
             print("no GPU here: its idle share in generation is not measured")
     if args.json:
-        common.write_json(args.json, record)
+        common.save(args.json, record)
     return None
 
 
