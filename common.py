@@ -225,8 +225,16 @@ def fail(message):
         time.sleep(10)  # what rank 0 finds, too, it says: torchrun ends this process meanwhile
     line = " ".join(str(message).split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    tqdm.write(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)  # on a line of its own
+    last_line(f"{Path(sys.argv[0]).name}: error: {line}")
     raise SystemExit(2)
+
+
+def last_line(text):
+    """Say on stderr why the script ends, on a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.clear()
+        bar.close()
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -280,7 +288,7 @@ def run_main(main, args):
         main(args)
     except KeyboardInterrupt:
         if not RANK:
-            print("stopped: the same command goes on from what is saved", file=sys.stderr)
+            last_line("stopped: the same command goes on from what is saved")
         raise SystemExit(130)
     except torch.OutOfMemoryError:
         fail(f"the GPU's memory is too small for --batch_size {args.batch_size}: give a smaller one; trainings have "
@@ -985,7 +993,8 @@ def match_files(paths, names):
     same = {path: by_file_name.get(PurePosixPath(path).name) for path in paths}
 
     def common_end(path, name):
-        return len(os.path.commonprefix([path[::-1], name[::-1]]))
+        both = (PurePosixPath(text).parts[::-1] for text in (path, name))
+        return len(os.path.commonprefix(list(both)))
 
     return {path: max(names, key=partial(common_end, path)) for path, names in same.items() if names}
 
@@ -1417,7 +1426,8 @@ class Trainer:
         if not RANK:
             self.save_checkpoints(["last.pt", "best.pt"] if best else ["last.pt"], epoch)
         line = f"epoch {epoch}/{args.epochs}  step {step}  loss {loss:.3f}  validation clean {clean:.3f}, white-box "
-        tqdm.write(f"{line}{attacked:.3f}{'  *' if best else ''}", sys.stdout)
+        say = tqdm.write if sys.stderr.isatty() else print  # above the bar of a terminal
+        say(f"{line}{attacked:.3f}{'  *' if best else ''}")
         self.validating += time.perf_counter() - began
 
     def save_checkpoints(self, names, epoch):

@@ -81,7 +81,7 @@ def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(fold
         offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
         env = {key: value for key, value in os.environ.items() if key not in offline}
         env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-        command = ["evaluate.py", *words, *rows, "--defence", "clipa+jpeg50", "--sanity"]
+        command = ["evaluate.py", *words, *rows, "--defence", "clipa+jpeg50"]
         command = [sys.executable, *map(str, [ROOT / command[0], *command[1:], "--output_dir", folder / "evaluation"])]
         printed = subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
     record = metrics(folder / "evaluation")
@@ -93,7 +93,8 @@ def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(fold
         assert row["white_box_similarity"] <= min(row["clean_similarity"], row["transfer_similarity"])
     assert all(health["max_abs_delta_grey_levels"] == 8 for health in record["health"].values())
     one = ["--checkpoint", f"b32=local-dir:{folder / 'b32'}", "--output_dir", folder / "alone"]
-    shell("evaluate.py", *words, *one)
+    shell("evaluate.py", *words, *one, "--sanity")
+    assert len(metrics(folder / "alone")["sanity"]["b32"]["checks"]) == 7
     for name, row in metrics(folder / "alone")["rows"].items():
         assert row == record["rows"][name]  # as without the others beside it
 

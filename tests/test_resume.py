@@ -13,7 +13,6 @@ import resource
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -24,7 +23,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, metrics
+from conftest import ROOT
 
 import common
 import evaluate  # noqa: F401 - forked with its imports
@@ -278,14 +277,3 @@ def test_a_value_that_is_not_finite_stops_a_training_with_its_step_and_the_last_
         assert lines[0].endswith(f"last good checkpoint: {checkpoint}")
     assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
     runs.assert_ends_like_undisturbed("MAT", out)
-
-
-def test_a_copy_of_the_checkout_elsewhere_knows_its_finished_runs_again(report, tmp_path):
-    """Its inputs are asked, too: other runs' folders, and weights, which lie inside the checkout."""
-    for name in [*(path.name for path in ROOT.glob("*.py")), "tests/tiny"]:
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    done = [str(word) for word in report[2]]
-    done.remove("--reproduce")
-    done = subprocess.run([sys.executable, *done], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "nothing to do" in done.stdout, done.stdout + done.stderr
-    assert str(ROOT) not in json.dumps(metrics(report[0] / "evaluation")["args"])

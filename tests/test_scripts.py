@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -290,3 +291,14 @@ def test_a_checkpoint_trained_on_evaluation_images_is_refused(report, tmp_path):
     command += ["--checkpoint", f"leaky={tmp_path / 'leaky.pt'}", "--output_dir", tmp_path / "e"]
     _, said = shell(*command, code=2)
     assert "leakage: leaky was trained on 1" in said and "Traceback" not in said
+
+
+def test_a_copy_of_the_checkout_elsewhere_knows_its_finished_runs_again(report, tmp_path):
+    """Its inputs are asked, too: other runs' folders, and weights, which lie inside the checkout."""
+    for name in [*(path.name for path in ROOT.glob("*.py")), "tests/tiny"]:
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    done = [str(word) for word in report[2]]
+    done.remove("--reproduce")
+    done = subprocess.run([sys.executable, *done], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing to do" in done.stdout, done.stdout + done.stderr
+    assert str(ROOT) not in json.dumps(metrics(report[0] / "evaluation")["args"])
