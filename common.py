@@ -1256,12 +1256,18 @@ def announce(clip, pixels, captions, image_steps):
 
     image_steps   of the attack, forward and back to the pixels; a pair of training images is about three of them
     """
-    few = pixels[: min(len(pixels), clip.batch_size if clip.device.type == "cuda" else 2)]
-    check_gradient(clip, few, captions)
-    pixel_gradient(clip, few, captions)
-    began = time.perf_counter()
-    pixel_gradient(clip, few, captions)
-    seconds = (time.perf_counter() - began) / len(few) * image_steps / PROCESSES
+
+    def timed(count):  # seconds an image-step
+        clip.encode_text(captions[:count])
+        began = time.perf_counter()
+        pixel_gradient(clip, pixels[:count], captions)
+        return (time.perf_counter() - began) / count
+
+    size = min(len(pixels), clip.batch_size)
+    check_gradient(clip, pixels[:size], captions)
+    timed(min(size, 2))
+    each = timed(min(size, 2))
+    seconds = (timed(size) if each * size < 10 else each) * image_steps / PROCESSES
     line = f"work: {image_steps:,} image-steps, about {duration(seconds)} on {PROCESSES} x {clip.device}"
     if clip.device.type == "cpu" and seconds > 1800:
         line += "; without a GPU, --preset tiny shows the same in minutes"
