@@ -1130,7 +1130,7 @@ def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="att
     loss_at   slice of the images -> loss_fn of them for pgd(), such as own_caption()
     pixels    uint8 (N, 3, H, W), or a column of examples
     start     likewise: where to begin; None begins at noise, of attack.seed, or with a seed of None at the images
-    run       keeps each batch under (what, attack, slice): one that a killed run has kept is not attacked again
+    run       keeps each batch under (what, attack, its pixels): one that a killed run has kept is not attacked again
     yields    (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, attack_health)
     """
     size = min(clip.batch_size, math.ceil(len(pixels) / PROCESSES))  # so that all have work
@@ -1138,11 +1138,9 @@ def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="att
     with progress(what=what, total=min(len(starts) * size, len(pixels)) * (attack.steps + 1), unit="step") as bar:
 
         def attacked():
-            clean, loss_fn = np.asarray(pixels[here]), loss_at(here)
-            images = begin = as_images(clean, clip.device)
-            if start is not None:
-                begin = as_images(start[here], clip.device)
-            elif attack.seed is not None:
+            loss_fn, images = loss_at(here), as_images(clean, clip.device)
+            begin = as_images(first, clip.device)
+            if start is None and attack.seed is not None:
                 noise = start_noise(attack.seed, range(here.start, here.stop), clean.shape[1:])
                 begin = images + attack.eps * noise.to(clip.device)
 
@@ -1154,9 +1152,11 @@ def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="att
             pixels_adv = to_pixels(found.images, clean, attack.eps)
             return {"pixels": pixels_adv, "health": attack_health(clean, pixels_adv, found)}
 
-        for first in starts:
-            here = slice(first, min(first + size, len(pixels)))
-            key = [what, asdict(attack), len(pixels), here.start, here.stop]
+        for at in starts:
+            here = slice(at, min(at + size, len(pixels)))
+            clean, first = (np.asarray(x[here]) for x in (pixels, pixels if start is None else start))
+            content = hashlib.sha256(clean.tobytes() + first.tobytes()).hexdigest()
+            key = [what, asdict(attack), here.start, content]
             done = run.part(key, attacked) if run else attacked()
             yield here, done["pixels"], done["health"]
 

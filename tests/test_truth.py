@@ -190,3 +190,19 @@ def test_five_images_are_shared_out_as_three_and_two(setup, monkeypatch):
         monkeypatch.setattr(common, "RANK", rank)
         shares += common.attack_images(replace(ATTACK, steps=1), loss_at, setup.row.pixels[:5], setup.row.clip)
     assert [(here.start, here.stop, len(pixels)) for here, pixels, _ in shares] == [(0, 3, 3), (3, 5, 2)]
+
+
+def test_what_a_run_kept_of_some_images_is_not_taken_for_as_many_others(setup):
+    kept = {}
+
+    class Keeper:
+        def part(self, key, make):
+            return kept.setdefault(str(key), make())
+
+    few = [[0, 1], [2, 3], [2, 3]]
+    attack = replace(ATTACK, steps=2, loss="margin")
+    for index in few:
+        row, candidates = setup.row.part(index), setup.candidates.part(index)
+        pixels_adv, _ = evaluate.attack_row(attack, row, candidates, row.transfer, Keeper())
+        assert common.linf_grey_levels(pixels_adv, row.pixels).max() <= 8
+    assert len(kept) == 2
