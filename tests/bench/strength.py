@@ -89,7 +89,7 @@ def main(args):
             )
             weaker, lines = weaker + loses, lines + 1
     print(f"ours is weaker by more than its interval on {weaker} of {lines} lines")
-    return weaker > 0
+    return int(weaker > 0)  # a NumPy bool would be taken for a message
 
 
 if __name__ == "__main__":
