@@ -1104,12 +1104,12 @@ def pgd(loss_fn, images, attack, start=None):
     return Attacked(best, best_loss, zero_grads, nonfinite)
 
 
-def start_noise(seed, indices, shape):
-    """Uniform noise in [-1, 1], (len(indices), *shape), each image's from (seed, index): whatever the batch size."""
-    noise = torch.empty(len(indices), *shape)
+def start_noise(images, eps, seed, indices):
+    """images moved by uniform noise in [-eps, eps], each by that of (seed, its index): whatever the batch size."""
+    noise = torch.empty(images.shape)
     for row, index in zip(noise, indices):
         row.uniform_(-1, 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
-    return noise
+    return images + eps * noise.to(images.device)
 
 
 def grey_levels(eps):
@@ -1141,8 +1141,7 @@ def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="att
             loss_fn, images = loss_at(here), as_images(clean, clip.device)
             begin = as_images(first, clip.device)
             if start is None and attack.seed is not None:
-                noise = start_noise(attack.seed, range(here.start, here.stop), clean.shape[1:])
-                begin = images + attack.eps * noise.to(clip.device)
+                begin = start_noise(images, attack.eps, attack.seed, range(here.start, here.stop))
 
             def counted(images):  # image-steps: the bar moves within a batch
                 bar.update(len(images))

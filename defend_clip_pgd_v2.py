@@ -62,8 +62,8 @@ def main(args):
         if args.online_steps:
             visual.eval()  # attack the network that is deployed
             encode_image = clip.frozen()
-            noise = start_noise(args.seed + step, mine.tolist(), images.shape[1:]).to(clip.device)
-            images_adv = pgd(lambda x: distance(encode_image(x), mine), images, attack, noise).images  # noqa: B023
+            start = start_noise(images, args.eps, args.seed + step, mine.tolist())
+            images_adv = pgd(lambda x: distance(encode_image(x), mine), images, attack, start).images  # noqa: B023
             visual.train()
         else:
             images_adv = as_images(offline[mine], clip.device)

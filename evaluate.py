@@ -382,9 +382,9 @@ def sanity(row, candidates, attack, seed, run=None):
     recalls = "R@1 " + ", ".join(f"{recall:.2f} at {levels}" for levels, _, recall in curve)
     checks.append(("larger eps ends in total failure", falls and curve[-1][2] <= 0.05, recalls))
 
-    signs = common.start_noise(seed + 99, range(len(row.pixels)), row.pixels.shape[1:]).sign()
-    noisy = as_images(row.pixels, torch.device("cpu")) + attack.eps * signs
-    noise = float(similarity(common.to_pixels(noisy, row.pixels, attack.eps)).mean())
+    images = as_images(row.pixels, torch.device("cpu"))
+    noise = common.start_noise(torch.zeros_like(images), 1, seed + 99, range(len(images))).sign()
+    noise = float(similarity(common.to_pixels(images + attack.eps * noise, row.pixels, attack.eps)).mean())
     checks.append(("the attack beats random noise of its size", figure < noise, f"{figure:.3f}, noise {noise:.3f}"))
 
     gap = similarity(row.transfer) - base

@@ -42,7 +42,7 @@ def test_pgd_finds_the_known_worst_point_of_a_linear_loss():
 
 def test_pgd_stays_in_the_ball_and_in_range_at_pixels_0_and_1():
     images = torch.cat([torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8), torch.rand(1, 3, 8, 8).round()])
-    weights, start = torch.randn(3, 8, 8), images + 9 * start_noise(0, range(3), images.shape[1:])
+    weights, start = torch.randn(3, 8, 8), start_noise(images, 9 * EPS, 0, range(3))
     for attack in (replace(PGD, steps=5), white_box(EPS, 5)):
         adv = pgd(lambda x: (x * weights).sin().sum((1, 2, 3)), images, attack, start).images
         assert adv.min() >= 0 and adv.max() <= 1 and (adv != images).any()
@@ -116,16 +116,17 @@ def test_momentum_is_as_strong_as_torchattacks_apgd_on_a_shared_case():
     model, images = TwoClasses(16).eval(), torch.rand(16, 3, 16, 16)
     theirs = torchattacks.APGD(model, eps=EPS, steps=20, n_restarts=1, eot_iter=1)
     theirs = theirs.attack_single_run(images, torch.zeros(16, dtype=torch.long))[0]
-    start = images + EPS * start_noise(0, range(16), images.shape[1:])
+    start = start_noise(images, EPS, 0, range(16))
     ours = pgd(lambda x: -model.cosine(x), images, white_box(EPS, 20), start).images
     assert model.cosine(ours).mean() <= model.cosine(theirs).mean() + 1e-3
 
 
 def test_start_noise_does_not_depend_on_the_batch():
-    whole = start_noise(3, range(6), (3, 4, 4))
-    assert torch.equal(whole[4:], start_noise(3, range(4, 6), (3, 4, 4)))
-    assert not torch.equal(whole[0], whole[1]) and 0.9 < whole.abs().max() <= 1
-    assert not torch.equal(whole, start_noise(4, range(6), (3, 4, 4)))
+    images = torch.full((6, 3, 4, 4), 0.5)
+    whole = start_noise(images, EPS, 3, range(6))
+    assert torch.equal(whole[4:], start_noise(images[4:], EPS, 3, range(4, 6)))
+    assert not torch.equal(whole[0], whole[1]) and 0.9 * EPS < (whole - images).abs().max() <= EPS + 1e-7
+    assert not torch.equal(whole, start_noise(images, EPS, 4, range(6)))
 
 
 @pytest.mark.parametrize(("eps", "levels"), [(8 / 255, 8), (0.0314, 8), (0.03, 7), (1 / 255, 1)])

@@ -24,6 +24,7 @@ from PIL import Image
 
 import common
 import defend_clip_mat_v2 as mat
+import defend_clip_pgd_v2
 import evaluate
 
 STAGES = {"adversarial_train": "generation", "adversarial_eval": "generation", "mat": "training", "pgd": "training"}
@@ -58,6 +59,22 @@ def test_reproduce_runs_the_stages_as_commands_and_ends_with_the_table(report):
     for name in ("examples.png", "histogram.png", "table.png"):
         with Image.open(folder / "evaluation" / name) as image:
             assert image.width > 600
+
+
+def test_online_training_starts_its_attack_from_noise_around_the_images(monkeypatch, tmp_path):
+    seen = []
+
+    def spy(loss_fn, images, attack, start):
+        seen.append((start - images) / attack.eps)
+        raise InterruptedError
+
+    monkeypatch.setattr(defend_clip_pgd_v2, "pgd", spy)
+    words = ["--preset", "smoke", "--online_steps", "2", "--output_dir", str(tmp_path)]
+    with pytest.raises(InterruptedError):
+        defend_clip_pgd_v2.main(defend_clip_pgd_v2.parse_args(words))
+    (noise,) = seen
+    assert noise.abs().max() <= 1 + 1e-5
+    assert noise.std() == pytest.approx(3**-0.5, abs=0.01) and noise.mean() == pytest.approx(0, abs=0.01)
 
 
 def test_the_attack_breaks_the_model_and_the_table_adds_up(report):
