@@ -33,7 +33,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 import weakref
 import zipfile
 import zlib
@@ -41,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -223,8 +222,7 @@ def fail(message):
     """End with one line that says what is wrong, where, and what to do; exit code 2."""
     if RANK:
         time.sleep(10)  # what rank 0 finds, too, it says: torchrun ends this process meanwhile
-    line = " ".join(str(message).split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
     last_line(f"{Path(sys.argv[0]).name}: error: {line}")
     raise SystemExit(2)
 
@@ -343,7 +341,6 @@ class Run:
         self.hold_folder()
         self.finished = None if args.overwrite else self.earlier(self.done, args.overwrite)
         if self.finished:
-            self.release()
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
         begun = not self.done.exists() and self.earlier(self.partial / "run.json", args.overwrite)
         gather()  # all have read what rank 0 may remove now
@@ -377,13 +374,15 @@ class Run:
         """The record of this run that an earlier process wrote, or None; another run's ends the script."""
         if not file.exists():
             return None
-        old, new = load_record(file), self.record
-        keys = {f"--{key}": ("args", key) for key in (old["args"].keys() | new["args"].keys()) - NOT_IN_RESULT}
-        keys |= {key: ("inputs", key) for key in old["inputs"].keys() | new["inputs"].keys()}
-        pairs = {name: (old[kind].get(key), new[kind].get(key)) for name, (kind, key) in keys.items()}
-        if file != self.done:  # the shares of the work are those of so many processes
-            pairs["processes"] = old.get("processes"), PROCESSES
-        changed = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in sorted(pairs.items()) if a != b)
+
+        def result_of(record):  # what makes the result; of an unfinished run its shares, too
+            flags = {f"--{key}": value for key, value in record["args"].items() if key not in NOT_IN_RESULT}
+            return flags | record["inputs"] | ({"processes": record["processes"]} if file != self.done else {})
+
+        old = load_record(file)
+        was, now = result_of(old), result_of(self.record)
+        keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+        changed = ", ".join(f"{key} {was.get(key)} -> {now.get(key)}" for key in keys)
         if changed and not overwrite:
             fail(f"{self.dir} holds a run with other flags or inputs ({changed}): --overwrite replaces it")
         return None if changed else old
@@ -418,14 +417,6 @@ class Run:
         except Exception:  # there is none, or a damaged one, which raises anything
             return None
 
-    def part(self, key, make):
-        """What was kept under key, or make(), kept."""
-        value = self.kept(key)
-        if value is None:
-            value = make()
-            self.keep(key, value)
-        return value
-
     def seconds(self):
         """Wall time of this run, without the pauses of a killed one."""
         return self.record["seconds"] + time.perf_counter() - self.clock
@@ -443,17 +434,12 @@ class Run:
         if not RANK:
             save(self.done, self.record | metrics)
             shutil.rmtree(self.partial, ignore_errors=True)
-        self.release()
         gather()
 
 
 def portable(value):
-    """Flags with their paths relative to this checkout, so that a run is known again where the checkout is moved."""
-    if isinstance(value, dict):
-        return {key: portable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [portable(item) for item in value]
-    return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
+    """As JSON holds it, paths in this checkout relative to it: a run is known again where the checkout is moved."""
+    return json.loads(json.dumps(value).replace(json.dumps(f"{ROOT}/")[1:-1], ""))
 
 
 def stamp(path):
@@ -468,10 +454,7 @@ def load_record(file):
     """A metrics.json, or the start of one in .partial, as a dict."""
     with about(f"{file} is damaged: delete it, or make its folder again with --overwrite"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        kinds = {"args": dict, "inputs": dict, "started": str, "seconds": (int, float)}
-        wrong = [key for key, kind in kinds.items() if not isinstance(record[key], kind)]
-        if wrong or not 0 <= record["seconds"] < math.inf:
-            raise ValueError(f"{wrong or 'seconds'} is of another kind")
+        assert {"args", "inputs", "processes", "started", "seconds"} <= record.keys(), "keys are missing"
         return record
 
 
@@ -527,12 +510,12 @@ class Clip(torch.nn.Module):
     def __init__(self, model, arch, device, precision, batch_size, train_ids):
         super().__init__()
         self.model, self.arch, self.device, self.batch_size = model.to(device).eval(), arch, device, batch_size
+        if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+            raise ValueError("its weights are not finite: they are damaged, or of a training that diverged")
         able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = precision == "bf16" or (precision == "auto" and able)
         self.geometry = dict(open_clip.get_model_preprocess_cfg(model))
         self.geometry["size"] = to_2tuple(self.geometry["size"])
-        if not all(0 < side < 10_000 for side in self.geometry["size"]):
-            raise ValueError(f"its configuration asks for images of {self.geometry['size']} pixels")
         for key in ("mean", "std"):  # part of the model: what is attacked are pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
         self.text_cache, self.train_ids = {}, train_ids
@@ -587,8 +570,6 @@ class Clip(torch.nn.Module):
         for start in progress(range(0, len(missing), 256), "captions"):
             chunk = missing[start : start + 256]
             features = F.normalize(self.model.encode_text(self.tokenizer(chunk).to(self.device)).float(), dim=-1)
-            if not features.isfinite().all():
-                fail(f"{self.arch}: text features are not finite: the weights are damaged")
             self.text_cache.update(zip(chunk, features))
         return torch.stack([self.text_cache[caption] for caption in captions])
 
@@ -691,16 +672,6 @@ def pick_device(name):
         return device
 
 
-def has_quick_gelu(name):
-    """Whether open_clip builds a model with QuickGELU; ends with one line if there is no such model."""
-    with about(f"--model {name}"):
-        config = open_clip.get_model_config(name)
-        if config is None:
-            raise ValueError("open_clip has no such model; open_clip.list_models() lists them, and local-dir:DIR or "
-                             "hf-hub:ORG/NAME work too")  # fmt: skip
-        return bool(config.get("quick_gelu", False))
-
-
 def model_files(source):
     """The files of weights behind local-dir:DIR or a path; none behind another name."""
     if source.startswith("local-dir:"):
@@ -714,52 +685,44 @@ def load_clip(args, source=None):
 
     A file is a checkpoint, or the state dict of a visual tower alone, which keeps the text tower of --pretrained.
     """
-    name, pretrained, over = args.model, args.pretrained, source and Path(source)
+    name, pretrained = args.model, args.pretrained
     if source and source.startswith(("local-dir:", "hf-hub:")):
-        name, pretrained, over = source, "", None
-    quick = has_quick_gelu(name)
-    tag = find_tag(name, pretrained, quick)
-    file = Path(pretrained) if tag is None and pretrained not in ("", "random") else None
-    own = bool(tag) or pretrained == ""
+        name, pretrained, source = source, "", None
+    has_schema, is_file = name.startswith(("local-dir:", "hf-hub:")), os.path.isfile(pretrained)
+    own = not is_file and pretrained != "random"
     torch.manual_seed(args.seed)  # random weights are the same in every script
-    logging.disable(logging.WARNING)  # that weights were not loaded yet, or not asked for
-    with about(f"cannot load {name} {pretrained}"):
+    with about(f"cannot load --model {name} --pretrained {pretrained!r}; open_clip.list_pretrained() lists both"):
+        if has_schema and own and pretrained:
+            raise ValueError("such a model brings its weights: leave --pretrained out, or give a file or 'random'")
+        tag = {} if has_schema else open_clip.get_pretrained_cfg(name, pretrained)
+        quick = tag.get("quick_gelu", False)
+        if tag and quick != open_clip.get_model_config(name).get("quick_gelu", False):  # of which open_clip only warns
+            other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
+            raise ValueError(f"they disagree on QuickGELU, and features would be wrong: use --model {other}")
+        tag = pretrained if own and pretrained else None
         model = open_clip.create_model(name, pretrained=tag, load_weights=own, require_pretrained=own)
-        logging.disable(logging.NOTSET)
-        train_ids = load_checkpoint(model, name, quick, file) if file else set()
-        train_ids |= load_checkpoint(model, name, quick, over, tower_alone=True) if over else set()
+    train_ids = load_checkpoint(model, name, Path(pretrained)) if is_file else set()
+    train_ids |= load_checkpoint(model, name, Path(source), tower_alone=True) if source else set()
+    with about(f"cannot use {source or pretrained} for {name}"):
         return Clip(model, name, pick_device(args.device), args.precision, args.batch_size, train_ids)
 
 
-def find_tag(name, pretrained, quick):
-    """The open_clip tag that --pretrained is for --model; None for a file, 'random' and a model's own weights.
-
-    Ends with one line if it is none of these, or if a tag's weights were trained with the other activation, of which
-    open_clip itself only warns, giving wrong features.
-    """
-    has_schema = name.startswith(("local-dir:", "hf-hub:"))
-    if pretrained == "random" or (has_schema and not pretrained) or Path(pretrained).is_file():
-        return None
-    tag = None if has_schema else open_clip.get_pretrained_cfg(name, pretrained)
-    if not tag:
-        known = "" if has_schema else f" (its tags: {', '.join(open_clip.list_pretrained_tags_by_model(name))})"
-        fail(f"--pretrained {pretrained!r} is neither a tag of {name} nor a file{known}; 'random' is untrained")
-    if bool(tag.get("quick_gelu", False)) != quick:
-        other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
-        fail(f"--pretrained {pretrained} and --model {name} disagree on QuickGELU: use --model {other}")
-    return pretrained
+def has_quick_gelu(model):
+    return any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.modules())
 
 
-def load_checkpoint(model, name, quick, file, tower_alone=False):
+def load_checkpoint(model, name, file, tower_alone=False):
     """Fill model from a .pt or .safetensors file without running code in it; returns the COCO ids it was trained on.
 
-    quick         whether the model has QuickGELU
     tower_alone   the file may hold the visual tower alone; the text tower is then the model's
     """
     with about(f"{file} is no checkpoint of plain tensors for {name}, and is not used"):
-        load = open_clip.factory.load_state_dict if file.suffix == ".safetensors" else load_tensors
-        saved = load(str(file))
-        if saved.get("quick_gelu", quick) != quick:
+        try:
+            safe = file.suffix == ".safetensors"
+            saved = open_clip.factory.load_state_dict(str(file)) if safe else torch.load(file, "cpu", weights_only=True)
+        except pickle.UnpicklingError:  # whose text would have the reader allow code
+            raise ValueError("it holds code, or objects that are not plain tensors, or is damaged") from None
+        if saved.get("quick_gelu", has_quick_gelu(model)) != has_quick_gelu(model):
             raise ValueError("it was made with the other activation, QuickGELU or GELU: use the model's twin")
         if "quick_gelu" not in saved and not name.startswith("local-dir:"):
             print(f"note: {file} does not say whether it wants QuickGELU, as OpenAI's weights do, or GELU")
@@ -770,19 +733,7 @@ def load_checkpoint(model, name, quick, file, tower_alone=False):
             model.visual.load_state_dict(state)
         else:
             open_clip.load_checkpoint(model, str(file))
-        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-            raise ValueError("its weights are not finite: they are of a training that diverged")
         return {int(i) for i in saved.get("train_ids", ())}
-
-
-def load_tensors(file):
-    """torch.load of plain tensors alone; pickle's own text would have the reader allow code."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle's protocol
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError("it holds code, or objects that are not plain tensors, or is damaged") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -792,6 +743,7 @@ CONFIG = "MSCOCO_i2t"
 LARGEST_FILE, LARGEST_IMAGE = 20_000_000, 50_000_000  # bytes, pixels: bombs are not unpacked
 Image.MAX_IMAGE_PIXELS = None  # read_image() looks itself
 logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs, it raises as well
+logging.disable(logging.WARNING)  # open_clip's: that weights were not loaded yet, or not asked for
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 SPLITS = {  # split, image column, caption column (a list has the positive first), start of the file names kept
@@ -858,25 +810,23 @@ def load_examples(args, split, span, geometry):
         if len(rows) < span.stop:
             kind = "train2014 images" if split == "train" else "images"
             raise ValueError(f"it has {len(rows)} distinct {kind} and {span.stop} are needed: ask for fewer")
-        examples = decode_rows(args, split, rows.select(span), geometry)
-        problems = examples["problem"][:]
-        broken = [f"{path} ({problem})" for path, problem in zip(examples["path"], problems) if problem]
+        if args.image_root and not os.path.isdir(args.image_root):
+            raise ValueError(f"--image_root {args.image_root} is not a folder")
+        examples = decode_rows(args.image_root or source, rows.select(span), geometry, args, whole=split == "train")
+        broken = [f"{row['path']} ({row['problem']})" for row in examples.remove_columns("pixels") if row["problem"]]
         if broken and not args.skip_bad_images:
             raise ValueError(f"broken image {broken[0]}, {len(broken)} in all; --skip_bad_images leaves them out")
+        if len(broken) == len(examples):
+            raise ValueError(f"none of the images could be decoded; {broken[0]}")
         if broken:
             print(f"--{split}_data {source}: {len(broken)} broken images left out, the first {broken[0]}")
-            examples = examples.select([i for i, problem in enumerate(problems) if not problem])
-        if not len(examples):
-            raise ValueError(f"none of the images could be decoded; {broken[0]}")
+            examples = examples.select([i for i, problem in enumerate(examples["problem"][:]) if not problem])
         return examples.with_format("numpy", columns=["pixels"], output_all_columns=True, dtype=np.uint8)
 
 
-def decode_rows(args, split, rows, geometry):
+def decode_rows(source, rows, geometry, args, whole):
     """rows with their pixels, captions, and the problem of each broken image, "" for a sound one; cached."""
-    if args.image_root and not os.path.isdir(args.image_root):
-        fail(f"--image_root {args.image_root} is not a folder")
-    reader = ImageReader(args.image_root or getattr(args, f"{split}_data"), rows["path"][:], whole=split == "train")
-    transform = to_geometry(geometry)
+    files, transform = ImageFiles(source, rows["path"][:], whole), to_geometry(geometry)
     shape = transform(Image.new("RGB", (64, 64))).shape
     kinds = {"caption": datasets.Value("string"), "problem": datasets.Value("string")}
     kinds = datasets.Features(rows.features | kinds | {"pixels": datasets.Array3D(shape, "uint8")})
@@ -884,28 +834,27 @@ def decode_rows(args, split, rows, geometry):
     def decode(row):
         pixels, problem = np.zeros(shape, np.uint8), ""
         try:
-            pixels = transform(read_image(reader.read(row["path"]), ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
+            pixels = transform(read_image(files.read(row["path"]), ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
         except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
             problem = describe(error)
-            if not args.skip_bad_images:
-                fail(f"{row['path']}: broken image ({problem}); --skip_bad_images leaves such images out")
         return {"caption": row["texts"][0], "pixels": pixels, "problem": problem}
 
-    key = digest([reader.stamp, rows["path"][:], rows["texts"][:], geometry])
+    key = digest([files.stamp(), rows["path"][:], rows["texts"][:], geometry])
     cache = Path(args.cache_dir, f"{key}.arrow")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    options = {"cache_file_name": str(cache), "new_fingerprint": key, "writer_batch_size": 64, "desc": "decode"}
     if RANK:
         gather()  # rank 0 decodes first, and the others find it done
-    try:
+    for _ in range(2):
         if not cache.exists() and shutil.disk_usage(cache.parent).free < 1.1 * len(rows) * math.prod(shape):
             fail(f"{cache.parent} has no room for {len(rows)} images: make room, or give another --cache_dir")
-        examples = rows.map(decode, features=kinds, **options)
-    except (ValueError, OSError):
-        if not cache.exists():
-            raise
-        cache.unlink()  # damaged
-        examples = rows.map(decode, features=kinds, **options)
+        try:
+            options = {"cache_file_name": str(cache), "new_fingerprint": key, "writer_batch_size": 64}
+            examples = rows.map(decode, features=kinds, **options, desc="decode")
+            break
+        except (ValueError, OSError):
+            if not cache.exists():
+                raise
+            cache.unlink()  # damaged: made again
     if not RANK:
         gather()
     return examples
@@ -932,46 +881,46 @@ def read_image(data, formats):
         raise ValueError(describe(error)) from None
 
 
-class ImageReader:
-    """Reads images by the paths of the rows, from a folder of unpacked files or from a zip in it, local or on the hub.
+class ImageFiles:
+    """The image files of the rows' paths: in a folder, unpacked or in a zip, or in a zip of a hub's data set.
 
-    Files are looked up by name in what the folder or the zip really lists, so that no path leads out of it; of several
-    of one name the one that shares most of the path's folders is taken.
+    They are looked up by name in what the folder or the zip really lists, so that no path leads out of it; of several
+    of one name that is taken which shares most of the path's folders. macOS's AppleDouble members have other names.
 
     whole   of a hub, download the whole archive once; else fetch the needed members alone, by range requests
-    stamp   plain values that change when local files do
     """
 
     def __init__(self, source, paths, whole):
-        self.source, self.paths, self.whole, self.files = source, paths, whole, None
-        self.local, self.stamp = os.path.isdir(source), [source]
-        if self.local:
-            self.stamp = [os.path.abspath(source)]
-            used = (file for file in Path(source).rglob("*") if file.suffix in (".zip", ".jpg", ".jpeg"))
-            self.stamp += sorted([str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns] for f in used)
+        self.source, self.paths, self.whole, self.local = source, paths, whole, os.path.isdir(source)
+
+    def stamp(self):
+        """Plain values that change when local files do."""
+        if not self.local:
+            return [self.source]
+        files = [file for file in Path(self.source).rglob("*") if file.suffix in (".zip", ".jpg", ".jpeg")]
+        return [os.path.abspath(self.source), *sorted([str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
 
     def read(self, path):
-        """The file's bytes; ValueError if they are more than a photograph's."""
-        if self.files is None:
-            self.files, self.found = self.find()
-        with self.files.open(self.found[path]) as file:
+        """The bytes of a file; ValueError if they are more than a photograph's."""
+        files, found = self.found
+        with files.open(found[path]) as file:
             data = file.read(LARGEST_FILE + 1)
         if len(data) > LARGEST_FILE:
             raise ValueError(f"more than {LARGEST_FILE / 1e6:.0f} MB")
         return data
 
-    def find(self):
+    @cached_property
+    def found(self):
         """A file system with all the images, the folder's or the likeliest of its zips, and {path: file in it}."""
         fs, root = fsspec.url_to_fs(self.source if self.local else f"hf://datasets/{self.source}")
         names, inside, looked_into = fs.find(root), os.path.realpath(root) + os.sep, []
         zips = sorted((name for name in names if name.endswith(".zip")), key=lambda name: (CONFIG not in name, name))
-        unpacked = [name for name in names if not name.endswith(".zip")]
         if self.local:  # nor does a link lead out
-            unpacked = [name for name in unpacked if os.path.realpath(name).startswith(inside)]
+            names = [name for name in names if os.path.realpath(name).startswith(inside)]
         for place in ["", *zips]:
             with about(f"{place or root} cannot be read"):  # a block: about one image
                 files = ZipFileSystem(fs.open(place, block_size=2**16)) if place else fs
-            found = match_files(self.paths, files.find("") if place else unpacked)
+            found = match_files(self.paths, files.find("") if place else names)
             if len(found) == len(self.paths):
                 if place and self.whole and not self.local:
                     place = place.removeprefix(f"{root}/")
@@ -983,20 +932,16 @@ class ImageReader:
 
 
 def match_files(paths, names):
-    """For each row path the file of the same name whose folders fit best: {path: name}.
-
-    macOS's AppleDouble members, ._NAME, have names of their own.
-    """
-    by_file_name = {}
-    for name in (name for name in names if "__MACOSX/" not in name):
-        by_file_name.setdefault(PurePosixPath(name).name, []).append(name)
-    same = {path: by_file_name.get(PurePosixPath(path).name) for path in paths}
-
-    def common_end(path, name):
-        both = (PurePosixPath(text).parts[::-1] for text in (path, name))
-        return len(os.path.commonprefix(list(both)))
-
-    return {path: max(names, key=partial(common_end, path)) for path, names in same.items() if names}
+    """For each row path the file of its name whose folders fit best: {path: name}."""
+    named, found = {}, {}
+    for name in names:
+        named.setdefault(PurePosixPath(name).name, []).append(name)
+    for path in paths:
+        folders = PurePosixPath(path).parts[::-1]
+        fit = [len(os.path.commonprefix([folders, PurePosixPath(n).parts[::-1]])) for n in named.get(folders[0], [])]
+        if fit:
+            found[path] = named[folders[0]][np.argmax(fit)]
+    return found
 
 
 def load_training_sets(args, geometry):
@@ -1137,26 +1082,24 @@ def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="att
     starts = range(0, len(pixels), size)[RANK::PROCESSES]
     with progress(what=what, total=min(len(starts) * size, len(pixels)) * (attack.steps + 1), unit="step") as bar:
 
-        def attacked():
-            loss_fn, images = loss_at(here), as_images(clean, clip.device)
-            begin = as_images(first, clip.device)
-            if start is None and attack.seed is not None:
-                begin = start_noise(images, attack.eps, attack.seed, range(here.start, here.stop))
-
-            def counted(images):  # image-steps: the bar moves within a batch
-                bar.update(len(images))
-                return loss_fn(images)
-
-            found = pgd(counted, images, attack, begin)
-            pixels_adv = to_pixels(found.images, clean, attack.eps)
-            return {"pixels": pixels_adv, "health": attack_health(clean, pixels_adv, found)}
+        def counted(loss_fn, images):  # image-steps: the bar moves within a batch
+            bar.update(len(images))
+            return loss_fn(images)
 
         for at in starts:
             here = slice(at, min(at + size, len(pixels)))
             clean, first = (np.asarray(x[here]) for x in (pixels, pixels if start is None else start))
-            content = hashlib.sha256(clean.tobytes() + first.tobytes()).hexdigest()
-            key = [what, asdict(attack), here.start, content]
-            done = run.part(key, attacked) if run else attacked()
+            key = [what, asdict(attack), at, hashlib.sha256(clean.tobytes() + first.tobytes()).hexdigest()]
+            done = run and run.kept(key)
+            if not done:
+                images, begin = as_images(clean, clip.device), as_images(first, clip.device)
+                if start is None and attack.seed is not None:
+                    begin = start_noise(images, attack.eps, attack.seed, range(here.start, here.stop))
+                found = pgd(partial(counted, loss_at(here)), images, attack, begin)
+                pixels_adv = to_pixels(found.images, clean, attack.eps)
+                done = {"pixels": pixels_adv, "health": attack_health(clean, pixels_adv, found)}
+                if run:
+                    run.keep(key, done)
             yield here, done["pixels"], done["health"]
 
 
@@ -1217,21 +1160,17 @@ def load_adversarial(folder, examples, args):
     for flag in ("model", "pretrained", "eps", "alpha", "steps"):
         if made.get(flag) != portable(getattr(args, flag)):
             fail(f"{folder} was made with --{flag} {made.get(flag)}, not {getattr(args, flag)}: give another folder")
-    remedy, checksums = "make it again with generate_pgd_adversarial.py --overwrite", {}
-    with about(f"{folder}: {remedy}"):
-        lines = (folder / "metadata.jsonl").read_bytes().strip().split(b"\n")
-    for i, line in enumerate(lines, 1):
-        with about(f"{folder / 'metadata.jsonl'}: line {i} is damaged: {remedy}"):
-            entry = json.loads(line)
-            checksums[entry["coco_id"], entry["caption"]] = entry["sha256"]
+    remedy = "make it again with generate_pgd_adversarial.py --overwrite"
+    with about(f"{folder / 'metadata.jsonl'}: {remedy}"):
+        entries = map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
+        checksums = {(entry["coco_id"], entry["caption"]): entry["sha256"] for entry in entries}
 
     def read_twin(row):
         file = folder / twin_name(row["coco_id"])  # by the id: what the metadata names is not opened
         try:
-            data = file.read_bytes()
-            checksum = checksums.get((row["coco_id"], row["caption"]))
+            data, checksum = file.read_bytes(), checksums.get((row["coco_id"], row["caption"]))
             if hashlib.sha256(data).hexdigest() != checksum:
-                raise ValueError("it was altered after it was made" if checksum else "made for another caption")
+                raise ValueError("it was altered after it was made, or made for another caption")
             twin = np.asarray(read_image(data, ["PNG"])).transpose(2, 0, 1)
             if twin.shape != row["pixels"].shape:
                 raise ValueError(f"it is of another size than {row['path']} here")
@@ -1255,18 +1194,12 @@ def announce(clip, pixels, captions, image_steps):
 
     image_steps   of the attack, forward and back to the pixels; a pair of training images is about three of them
     """
-
-    def timed(count):  # seconds an image-step
-        clip.encode_text(captions[:count])
-        began = time.perf_counter()
-        pixel_gradient(clip, pixels[:count], captions)
-        return (time.perf_counter() - began) / count
-
-    size = min(len(pixels), clip.batch_size)
-    check_gradient(clip, pixels[:size], captions)
-    timed(min(size, 2))
-    each = timed(min(size, 2))
-    seconds = (timed(size) if each * size < 10 else each) * image_steps / PROCESSES
+    count = min(len(pixels), clip.batch_size, 8 if clip.device.type == "cpu" else clip.batch_size)
+    check_gradient(clip, pixels[: clip.batch_size], captions)
+    pixel_gradient(clip, pixels[:count], captions)
+    began = time.perf_counter()
+    pixel_gradient(clip, pixels[:count], captions)
+    seconds = (time.perf_counter() - began) / count * image_steps / PROCESSES
     line = f"work: {image_steps:,} image-steps, about {duration(seconds)} on {PROCESSES} x {clip.device}"
     if clip.device.type == "cpu" and seconds > 1800:
         line += "; without a GPU, --preset tiny shows the same in minutes"
@@ -1298,9 +1231,7 @@ def duration(seconds):
         return "-"
     if seconds < 100:
         return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.1f} min" if seconds < 600 else f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1342,41 +1273,39 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=clip.device.type in ("cuda", "cpu"))
         self.model = torch.nn.parallel.DistributedDataParallel(clip) if PROCESSES > 1 else clip
+
         captions, self.size = training["caption"][:], args.batch_size * PROCESSES
         self.steps_per_epoch = math.ceil(len(training) / self.size)
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         online_steps, passes = getattr(args, "online_steps", 0), math.ceil(self.last_step / self.steps_per_epoch)
         work = self.last_step * self.size * (3 + online_steps) + passes * len(validation) * args.steps
         announce(clip, training[: self.size]["pixels"], captions, work)
-        index = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
         self.text_features = clip.encode_text(captions)  # (N, D)
-        self.caption_ids = torch.tensor([index[caption] for caption in captions], device=clip.device)
-        self.log, self.epochs, self.stopped = [], [], None
+        number_of = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+        self.caption_ids = torch.tensor([number_of[caption] for caption in captions], device=clip.device)
+
         model, tower = (sum(p.numel() * 4 for p in module.parameters()) for module in (clip.model, visual))
         run.require_disk(2 * model + 2 * 3 * tower)  # best.pt, last.pt; weights and two moments, and the next of them
         run.begin()
+        self.log, self.epochs, self.stopped = [], [], None
         if state := run.kept("state"):
             visual.load_state_dict(state["visual"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.log, self.epochs = state["log"], state["epochs"]
+        if not RANK:
+            save(run.dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 
     def __iter__(self):
-        args, count, began = self.args, len(self.training), len(self.log)
-        self.saved = self.clock = time.perf_counter()
-        self.validating, self.began = 0.0, began
-        with (
-            open(os.devnull if RANK else self.run.dir / "log.jsonl", "w", encoding="utf-8", buffering=1) as self.file,
-            progress(range(began, self.last_step), "train", unit="step") as self.bar,
-        ):
-            self.file.writelines(json.dumps(entry) + "\n" for entry in self.log)
+        self.saved = time.perf_counter()
+        with progress(range(len(self.log), self.last_step), "train", unit="step") as self.bar:
             for step in self.bar:
                 epoch, position = divmod(step, self.steps_per_epoch)
-                order = np.random.default_rng([args.seed, epoch]).permutation(count)
+                order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.training))
                 batch = order[position * self.size : (position + 1) * self.size]
                 mine = np.array_split(np.pad(batch, (0, -len(batch) % PROCESSES), mode="edge"), PROCESSES)[RANK]
-                torch.manual_seed(args.seed + step)  # for a tower with patch dropout
+                torch.manual_seed(self.args.seed + step)  # for a tower with patch dropout
                 for group in self.optimizer.param_groups:
-                    group["lr"] = args.lr * (1 - step / self.last_step)
+                    group["lr"] = self.args.lr * (1 - step / self.last_step)
                 self.visual.train()
                 yield step, batch, mine
                 if self.stopped:
@@ -1403,57 +1332,57 @@ class Trainer:
             fail(f"step {step} is not finite: {figures}; last good checkpoint: {good}")
         epoch = math.ceil(step / self.steps_per_epoch)
         self.log.append({"step": step, "epoch": epoch, **figures, "lr": self.optimizer.param_groups[0]["lr"]})
-        self.file.write(json.dumps(self.log[-1]) + "\n")
         self.bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
         window = gather([entry["loss"] for entry in self.log[-args.loss_window :]])[0]  # all stop at the same step
         if args.loss_threshold and len(window) == args.loss_window and np.mean(window) < args.loss_threshold:
             self.stopped = "loss_threshold"
         elif step == self.last_step:
             self.stopped = "max_steps" if self.last_step == args.max_steps else "epochs"
+        if not RANK:
+            with open(self.run.dir / "log.jsonl", "a") as file:
+                file.write(json.dumps(self.log[-1]) + "\n")
         if self.stopped or step % self.steps_per_epoch == 0:
-            self.end_epoch(epoch, step, float(np.mean(window)))
+            self.end_epoch(epoch, float(np.mean(window)))
         if not RANK and not self.stopped and time.perf_counter() - self.saved >= 60 * args.save_every:
             state = {"visual": self.visual.state_dict(), "optimizer": self.optimizer.state_dict()}
             self.run.keep("state", state | {"log": self.log, "epochs": self.epochs})
             self.saved = time.perf_counter()
 
-    def end_epoch(self, epoch, step, loss):
-        """White-box similarity on the validation images, which chooses the best epoch; last.pt and best.pt."""
-        args, clip, began = self.args, self.clip, time.perf_counter()
+    def end_epoch(self, epoch, loss):
+        """White-box similarity on the validation images, which chooses the best epoch; last.pt and best.pt.
+
+        The model is kept as plain types that open_clip.create_model(name, pretrained=FILE) and weights_only=True open.
+        """
+        args, clip = self.args, self.clip
         self.visual.eval()
         pixels, text_features = self.validation["pixels"], clip.encode_text(self.validation["caption"][:])
         attack = white_box(args.eps, args.steps)
         pixels_adv, _ = attack_all(attack, own_caption(clip.frozen(), text_features), pixels, clip, what="validate")
         clean, attacked = ((clip.encode_pixels(x) * text_features).sum(-1).mean().item() for x in (pixels, pixels_adv))
         best = all(attacked > past["val_white_box"] for past in self.epochs)
-        figures = {"epoch": epoch, "step": step, "loss": loss, "val_clean": clean, "val_white_box": attacked}
+        figures = {"epoch": epoch, "step": len(self.log), "loss": loss, "val_clean": clean, "val_white_box": attacked}
         self.epochs.append(figures)
-        if not RANK:
-            self.save_checkpoints(["last.pt", "best.pt"] if best else ["last.pt"], epoch)
-        line = f"epoch {epoch}/{args.epochs}  step {step}  loss {loss:.3f}  validation clean {clean:.3f}, white-box "
+        line = f"epoch {epoch}/{args.epochs}  step {len(self.log)}  loss {loss:.3f}  validation clean {clean:.3f}, "
         say = tqdm.write if sys.stderr.isatty() else print  # above the bar of a terminal
-        say(f"{line}{attacked:.3f}{'  *' if best else ''}")
-        self.validating += time.perf_counter() - began
-
-    def save_checkpoints(self, names, epoch):
-        """The model as plain types that open_clip.create_model(name, pretrained=FILE) and weights_only=True open."""
-        clip, args = self.clip, self.run.record["args"]
-        checkpoint = {"epoch": epoch, "name": clip.arch, "quick_gelu": has_quick_gelu(clip.arch)}
-        checkpoint |= {
+        say(f"{line}white-box {attacked:.3f}{'  *' if best else ''}")
+        checkpoint = {
+            "epoch": epoch,
+            "name": clip.arch,
+            "quick_gelu": has_quick_gelu(clip.model),
             "state_dict": {key: value.cpu() for key, value in clip.model.state_dict().items()},
             "train_ids": sorted({*self.training["coco_id"], *clip.train_ids}),  # of the weights it started from, too
             "val_ids": self.validation["coco_id"][:],
-            "args": {key: value for key, value in args.items() if key not in NOT_IN_RESULT},
+            "args": {key: value for key, value in self.run.record["args"].items() if key not in NOT_IN_RESULT},
         }
-        for name in names:
+        for name in [] if RANK else ["last.pt", "best.pt"] if best else ["last.pt"]:
             save(self.run.dir / name, checkpoint)
 
     def finish(self, **metrics):
         """Write metrics.json."""
-        seen, seconds = 2 * self.size * (len(self.log) - self.began), time.perf_counter() - self.clock
         figures = {"n": len(self.training), "n_validation": len(self.validation), "steps": len(self.log)}
         figures |= {"stopped_by": self.stopped, "epochs": self.epochs, "global_batch_size": self.size}
         figures["best_epoch"] = max(self.epochs, key=lambda epoch: epoch["val_white_box"])["epoch"]
         figures |= {"train_ids": self.training["coco_id"][:], "val_ids": self.validation["coco_id"][:]}
-        speed = {"training_seconds": self.run.seconds(), "images_per_s": seen / (seconds - self.validating)}
+        seconds = self.run.seconds()
+        speed = {"training_seconds": seconds, "images_per_s": 2 * self.size * len(self.log) / seconds}  # of the whole
         self.run.finish(self.clip.device, **figures, **speed, **metrics)

@@ -109,7 +109,6 @@ def test_the_original_may_be_a_siglip(folder):
 @pytest.mark.parametrize(
     ("vision", "text", "said"),
     [
-        ({"image_size": 0}, {}, "cannot load"),
         ({"image_size": "large"}, {}, "cannot load"),
         ({}, {"hf_tokenizer_name": "org/none"}, "pip install transformers"),
     ],

@@ -193,16 +193,12 @@ def test_five_images_are_shared_out_as_three_and_two(setup, monkeypatch):
 
 
 def test_what_a_run_kept_of_some_images_is_not_taken_for_as_many_others(setup):
-    kept = {}
-
-    class Keeper:
-        def part(self, key, make):
-            return kept.setdefault(str(key), make())
-
+    kept, keeper = {}, SimpleNamespace()
+    keeper.kept, keeper.keep = (lambda key: kept.get(str(key))), (lambda key, value: kept.update({str(key): value}))
     few = [[0, 1], [2, 3], [2, 3]]
     attack = replace(ATTACK, steps=2, loss="margin")
     for index in few:
         row, candidates = setup.row.part(index), setup.candidates.part(index)
-        pixels_adv, _ = evaluate.attack_row(attack, row, candidates, row.transfer, Keeper())
+        pixels_adv, _ = evaluate.attack_row(attack, row, candidates, row.transfer, keeper)
         assert common.linf_grey_levels(pixels_adv, row.pixels).max() <= 8
     assert len(kept) == 2
