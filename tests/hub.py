@@ -1,13 +1,10 @@
 """A loopback stand-in for the Hugging Face hub, so that tests of download code run offline.
 
-`serve_hub` serves local folders as model and dataset repositories. Each has one branch, `main`, whose commit is named
-after the folder's present files, so a changed folder is a new commit. It speaks the part of the hub's HTTP protocol
-by which `huggingface_hub`, `datasets` and `open_clip` list and read repositories: repository information, tree,
-paths-info and resolve, with byte ranges. Those libraries read `HF_ENDPOINT` when first imported, so give `Hub.url` in
-the environment of a subprocess, with `HF_UPDATE_DOWNLOAD_COUNTS=0`, as `datasets` reports loads to another host.
+It speaks the part of the hub's protocol by which huggingface_hub, datasets and open_clip list and read repositories:
+repository information, tree, paths-info and resolve, with byte ranges. Each repository is a local folder with one
+branch, main, whose commit changes with its files. The libraries read HF_ENDPOINT when first imported, so Hub.url goes
+into the environment of a subprocess.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -15,7 +12,6 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,24 +27,20 @@ PLAIN_SUFFIXES = {"", ".json", ".md", ".py", ".txt", ".yaml"}  # kept in git its
 class NotFound(Exception):
     """A 404 answer, with the error code by which the hub's clients tell what is missing."""
 
-    def __init__(self, code: str, commit: str | None = None):
-        super().__init__(code)
-        self.headers = {"X-Error-Code": code} | ({"X-Repo-Commit": commit} if commit else {})
 
-
-def git_id(*parts) -> str:
+def git_id(*parts):
     return hashlib.sha1(repr(parts).encode()).hexdigest()
 
 
 @cache
-def sha256(path: Path, mtime_ns: int) -> str:
+def sha256(path, mtime_ns):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Repo:
     """One local folder as it stands now: its files, the folders over them, and its commit."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder):
         self.paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
         self.stats = {name: path.stat() for name, path in self.paths.items()}
         self.folders = {str(parent) for name in self.paths for parent in PurePosixPath(name).parents} - {"."}
@@ -56,15 +48,15 @@ class Repo:
         newest = max((st.st_mtime for st in self.stats.values()), default=0)
         self.date = datetime.fromtimestamp(newest, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
-    def digest(self, name: str) -> str:
+    def digest(self, name):
         return sha256(self.paths[name], self.stats[name].st_mtime_ns)
 
-    def info(self, repo_id: str) -> dict:
+    def info(self, repo_id):
         files = [{"rfilename": name, "size": st.st_size} for name, st in self.stats.items()]
         flags = {"private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
         return {"id": repo_id, "sha": self.commit, "lastModified": self.date, "siblings": files} | flags
 
-    def entries(self, names: list[str], expand: bool) -> list[dict]:
+    def entries(self, names, expand):
         entries = []
         for name in names:
             is_file = name in self.paths
@@ -77,9 +69,9 @@ class Repo:
             entries.append(entry)
         return entries
 
-    def tree(self, folder: str, recursive: bool) -> list[str]:
+    def tree(self, folder, recursive):
         if folder and folder not in self.folders:
-            raise NotFound("EntryNotFound", self.commit)
+            raise NotFound("EntryNotFound")
         prefix = folder + "/" if folder else ""
         below = sorted(name for name in (*self.paths, *self.folders) if name.startswith(prefix))
         return [name for name in below if recursive or "/" not in name[len(prefix) :]]
@@ -90,26 +82,25 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server: Hub
 
-    def answer(self) -> None:
+    def answer(self):
         form = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(errors="replace")
         url = urlsplit(self.path)
-        self.record = [self.command, unquote(self.path), self.headers.get("Range"), 404, 0]
-        self.server.records.append(self.record)
+        self.record = [self.command, unquote(self.path), self.headers.get("Range"), 0]
+        self.server.requests.append(self.record)
         try:
             if match := API.fullmatch(url.path):
-                self.send(200, self.api(*match.groups(), parse_qs(form or url.query)))
+                self.send(200, json.dumps(self.api(*match.groups(), parse_qs(form or url.query))).encode())
             elif (match := RESOLVE.fullmatch(url.path)) and self.command != "POST":
                 self.resolve(*match.groups())
             else:
-                self.send(404, {"error": "not served here"})
+                raise NotFound("EntryNotFound")
         except NotFound as error:
-            self.send(404, {"error": str(error)}, error.headers)
+            self.send(404, b"{}", {"X-Error-Code": str(error)})
 
     do_GET = do_HEAD = do_POST = answer
 
-    def repo(self, kind: str, repo_id: str, revision: str) -> Repo:
+    def repo(self, kind, repo_id, revision):
         if f"{kind}/{repo_id}" not in self.server.repos:
             raise NotFound("RepoNotFound")
         repo = Repo(Path(self.server.repos[f"{kind}/{repo_id}"]))
@@ -117,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
             raise NotFound("RevisionNotFound")
         return repo
 
-    def api(self, kind: str, repo_id: str, what: str | None, revision: str | None, path: str | None, asked: dict):
+    def api(self, kind, repo_id, what, revision, path, asked):
         repo = self.repo(kind, repo_id, revision or "main")
         recursive, expand = (asked.get(key, [""])[0].lower() in ("true", "1") for key in ("recursive", "expand"))
         if what == "tree":
@@ -127,78 +118,57 @@ class Handler(BaseHTTPRequestHandler):
             return repo.entries(known, expand)
         return repo.info(repo_id)
 
-    def resolve(self, kind: str | None, repo_id: str, revision: str, path: str) -> None:
+    def resolve(self, kind, repo_id, revision, path):
         repo, name = self.repo(kind or "models", repo_id, revision), unquote(path)
         if name not in repo.paths:
-            raise NotFound("EntryNotFound", repo.commit)
-        start, stop = 0, repo.stats[name].st_size
+            raise NotFound("EntryNotFound")
+        content = repo.paths[name].read_bytes()
         headers = {"ETag": f'"{repo.digest(name)}"', "X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
         span = RANGE.fullmatch(self.headers.get("Range", "")) if self.command == "GET" else None
         if span is None:
-            self.send(200, repo.paths[name], headers, start, stop)
-            return
-        size, (first, last, tail) = stop, span.groups()
-        start = int(first) if first else max(size - int(tail), 0)
-        stop = min(int(last) + 1, size) if last else size
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        self.send(206, repo.paths[name], headers, start, stop)
+            return self.send(200, content, headers)
+        first, last, tail = span.groups()
+        start = int(first) if first else max(len(content) - int(tail), 0)
+        stop = min(int(last) + 1, len(content)) if last else len(content)
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        return self.send(206, content[start:stop], headers)
 
-    def send(self, status: int, body, headers: dict | None = None, start: int = 0, stop: int = 0) -> None:
-        """Send an answer: a file's bytes from `start` to `stop` if its body is a path, else the body as JSON."""
-        content = None if isinstance(body, Path) else json.dumps(body).encode()
-        length = stop - start if content is None else len(content)
-        kind = "application/octet-stream" if content is None else "application/json"
-        self.record[3] = status
+    def send(self, status, content, headers=None):
         self.send_response(status)
-        for key, value in {"Content-Type": kind, "Content-Length": str(length), **(headers or {})}.items():
+        for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        if content is not None:
-            self.record[4] = length  # counted before they go, as the client may look as soon as it has them
+        if self.command != "HEAD":
+            self.record[3] = len(content)  # counted before they go, as the client may look as soon as it has them
             self.wfile.write(content)
-            return
-        with body.open("rb") as file:
-            file.seek(start)
-            self.record[4] = length
-            self.wfile.write(file.read(length))
 
-    def log_message(self, format: str, *args) -> None:
-        """Print nothing: `Hub.requests` is the log."""
+    def log_message(self, format, *args):
+        """Print nothing: Hub.requests is the log."""
 
 
 class Hub(ThreadingHTTPServer):
-    """The server: its address `url`, the folders `repos`, and the log of what was asked of it."""
+    """The server: its address url, the folders repos, and what was asked of it: [method, path, range, bytes sent]."""
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, repos: dict[str, Path]):
+    def __init__(self, repos):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repos, self.records = repos, []
+        self.repos, self.requests = repos, []
 
-    @property
-    def requests(self) -> list[tuple[str, str, str | None, int, int]]:
-        """(method, path with query, Range header, status, body bytes sent) of each."""
-        return [tuple(record) for record in self.records]
+    def bytes_sent(self, part):
+        """The body bytes of the answers to the GETs whose path contains part."""
+        return sum(sent for method, path, _, sent in self.requests if method == "GET" and part in path)
 
-    def bytes_sent(self, substring: str = "") -> int:
-        """The body bytes of the answers to the GETs whose path contains the substring."""
-        return sum(sent for method, path, _, _, sent in self.requests if method == "GET" and substring in path)
-
-    def handle_error(self, request, client_address) -> None:
+    def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may hang up
             super().handle_error(request, client_address)
 
 
 @contextlib.contextmanager
-def serve_hub(repos: dict[str, Path]) -> Iterator[Hub]:
-    """Serve local folders from a free loopback port until the context ends.
-
-    The keys say what each folder stands for: "datasets/ORG/NAME" or "models/ORG/NAME".
-    """
+def serve_hub(repos):
+    """Serve folders, {"datasets/ORG/NAME" or "models/ORG/NAME": folder}, from a free loopback port."""
     hub = Hub(repos)
     threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
     try:

@@ -176,17 +176,6 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(kind, runs, tmp_path):
     runs.assert_ends_like_undisturbed(kind, tmp_path / "out")
 
 
-def test_a_damaged_kept_part_is_made_again(runs, tmp_path):
-    out = tmp_path / "out"
-    assert runs.run("generation", out, Fault("common.pgd", 4, "SIGKILL"))[0] == -signal.SIGKILL
-    one, other, _ = out.glob(".partial/*.pt")
-    data = one.read_bytes()
-    one.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
-    other.write_bytes(data[:700])
-    assert runs.run("generation", out, Fault("common.pgd", 3, "SIGKILL"))[0] == -signal.SIGKILL
-    runs.assert_ends_like_undisturbed("generation", out)
-
-
 def test_a_run_killed_after_its_last_file_is_complete(runs, tmp_path):
     assert runs.run("generation", tmp_path / "out", Fault("shutil.rmtree", 2, "SIGKILL"))[0] == -signal.SIGKILL
     assert (tmp_path / "out" / ".partial").exists()

@@ -270,19 +270,8 @@ def test_loss_threshold_stops_the_training(report, tmp_path):
 
 def test_the_reports_training_command_makes_the_adversarial_images_it_lacks(report, tmp_path):
     command = ["defend_clip_pgd_v2.py", "--batch_size", 16, "--lr", 1e-5, "--epochs", 3, "--loss_threshold", 0.1]
-    command += [
-        "--preset",
-        "smoke",
-        "--num_images",
-        16,
-        "--steps",
-        1,
-        "--max_steps",
-        1,
-        "--cache_dir",
-        report[0] / "cache",
-    ]
-    printed, _ = shell(*command, "--output_dir", tmp_path / "pgd")
+    small = ["--preset", "smoke", "--num_images", 16, "--steps", 1, "--max_steps", 1]
+    printed, _ = shell(*command, *small, "--cache_dir", report[0] / "cache", "--output_dir", tmp_path / "pgd")
     assert re.search(r"\$ python generate_pgd_adversarial.py .*--split train --num_images 16", printed)
     assert metrics(tmp_path / "pgd")["stopped_by"] == "max_steps"
 
