@@ -77,7 +77,7 @@ PRESETS = {  # flag: {preset: default}; smoke is tiny but for these
     "steps": {"report": 20, "tiny": 20, "smoke": 8},
     "attack_steps": {"report": 75, "tiny": 75, "smoke": 15},
     "lr": {"report": 1e-5, "tiny": 1e-4},
-    "epochs": {"report": 3, "tiny": 5, "smoke": 2},
+    "epochs": {"report": 3, "tiny": 4, "smoke": 2},
 }
 
 
