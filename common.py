@@ -76,7 +76,7 @@ PRESETS = {  # flag: {preset: default}; smoke is tiny but for these
     "val_images": {"report": 250, "tiny": 40, "smoke": 8},
     "steps": {"report": 20, "tiny": 20, "smoke": 8},
     "attack_steps": {"report": 75, "tiny": 75, "smoke": 15},
-    "lr": {"report": 1e-5, "tiny": 1e-4},
+    "lr": {"report": 1e-5, "tiny": 1.6e-3},
     "epochs": {"report": 3, "tiny": 4, "smoke": 2},
 }
 
@@ -454,7 +454,8 @@ def load_record(file):
     """A metrics.json, or the start of one in .partial, as a dict."""
     with about(f"{file} is damaged: delete it, or make its folder again with --overwrite"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        assert {"args", "inputs", "processes", "started", "seconds"} <= record.keys(), "keys are missing"
+        if missing := {"args", "inputs", "processes", "started", "seconds"} - record.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
         return record
 
 

@@ -89,19 +89,21 @@ def parse_args(argv=None):
     return common.parse_flags(parser, argv, lambda _: "evaluation", lambda _: "eval")
 
 
-ONLINE = {"report": "--online_steps 2", "tiny": "--online_steps 2 --lr 1.6e-3", "smoke": "--online_steps 2 --lr 1.6e-3"}
-
-
 def reproduce(args):
-    """Run the stages, each as its own command; one that is complete and was made with these flags ends at once."""
+    """Run the stages, each as its own command; one that is complete and was made with these flags ends at once.
+
+    The learning rates of the tiny presets were chosen alike for the three trainings: of 1e-4, 4e-4, 1.6e-3 and 6.4e-3
+    that of the highest white-box R@1 on the validation images, at a cost of at most 5 points of clean R@1.
+    """
     flags = f"{common.SHARED} overwrite"
     train, pgd = "defend_clip_mat_v2.py", "defend_clip_pgd_v2.py"
+    offline = ["--loss_threshold", 0.1, *([] if args.preset == "report" else ["--lr", 4e-4])]
     common.run_script("generate_pgd_adversarial.py", args, "adversarial_train", "--split", "train", flags=flags)
     evaluated = ["--split", "eval", "--num_images", args.num_images]
     common.run_script("generate_pgd_adversarial.py", args, "adversarial_eval", *evaluated, flags=flags)
     common.run_script(train, args, "mat", flags=flags)
-    common.run_script(pgd, args, "pgd", "--loss_threshold", 0.1, flags=flags)
-    common.run_script(pgd, args, "online", *ONLINE[args.preset].split(), flags=flags)
+    common.run_script(pgd, args, "pgd", *offline, flags=flags)
+    common.run_script(pgd, args, "online", "--online_steps", 2, flags=flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
