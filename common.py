@@ -76,7 +76,7 @@ PRESETS = {  # flag: {preset: default}; smoke is tiny but for these
     "val_images": {"report": 250, "tiny": 40, "smoke": 8},
     "steps": {"report": 20, "tiny": 20, "smoke": 8},
     "attack_steps": {"report": 75, "tiny": 75, "smoke": 15},
-    "lr": {"report": 1e-5, "tiny": 1.6e-3},
+    "lr": {"report": 1e-5, "tiny": 1e-4},
     "epochs": {"report": 3, "tiny": 4, "smoke": 2},
 }
 

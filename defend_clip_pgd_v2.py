@@ -12,7 +12,7 @@ arXiv:2402.12336) to the original model's features. The twins are
         from noise, with FARE's loss on both halves.
 
     python defend_clip_pgd_v2.py --batch_size 16 --lr 1e-5 --epochs 3 --loss_threshold 0.1
-    python defend_clip_pgd_v2.py --preset tiny --online_steps 2
+    python defend_clip_pgd_v2.py --preset tiny --online_steps 2 --lr 1.6e-3
 
 Files written to --output_dir (default runs/<preset>/pgd, with --online_steps runs/<preset>/online):
     best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens
