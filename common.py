@@ -20,7 +20,6 @@ import io
 import json
 import logging
 import math
-import mmap
 import os
 import pickle
 import platform
@@ -342,14 +341,15 @@ class Run:
         self.finished = None if args.overwrite else self.earlier(self.done, args.overwrite)
         if self.finished:
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
-        begun = not self.done.exists() and self.earlier(self.partial / "run.json", args.overwrite)
+        begun = None if self.done.exists() else self.earlier(self.partial / "run.json", args.overwrite)
         gather()  # all have read what rank 0 may remove now
         if begun:
             self.record |= {"started": begun["started"], "seconds": begun["seconds"]}
             print(f"{self.dir} holds an unfinished run: going on after its first {begun['seconds']:.0f} s")
-            if begun.get("commit") != self.record["commit"]:
-                print(f"note: begun by other code, commit {begun.get('commit')}; this is {self.record['commit']}")
-        elif not RANK:
+        commit = (self.finished or begun or self.record).get("commit")
+        if commit != self.record["commit"]:
+            print(f"note: made by other code, commit {commit}; this is {self.record['commit']}")
+        if not RANK and not begun:
             shutil.rmtree(self.partial, ignore_errors=True)
         gather()
 
@@ -446,8 +446,11 @@ def stamp(path):
     """What changes when a run's folder is made anew, or a file gets another content."""
     if os.path.isdir(path):
         return load_record(Path(path) / "metrics.json")["started"]
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            content.update(block)
+    return content.hexdigest()
 
 
 def load_record(file):
@@ -571,6 +574,8 @@ class Clip(torch.nn.Module):
         for start in progress(range(0, len(missing), 256), "captions"):
             chunk = missing[start : start + 256]
             features = F.normalize(self.model.encode_text(self.tokenizer(chunk).to(self.device)).float(), dim=-1)
+            if not ((features.norm(dim=1) - 1).abs() < 1e-3).all():  # a rank among NaN would be the first
+                fail(f"{self.arch}: features of captions are not of unit norm: the weights are damaged")
             self.text_cache.update(zip(chunk, features))
         return torch.stack([self.text_cache[caption] for caption in captions])
 
@@ -690,6 +695,7 @@ def load_clip(args, source=None):
     if source and source.startswith(("local-dir:", "hf-hub:")):
         name, pretrained, source = source, "", None
     has_schema, is_file = name.startswith(("local-dir:", "hf-hub:")), os.path.isfile(pretrained)
+    name = name if has_schema else name.replace("/", "-")  # open_clip takes ViT-B/32, too
     own = not is_file and pretrained != "random"
     torch.manual_seed(args.seed)  # random weights are the same in every script
     with about(f"cannot load --model {name} --pretrained {pretrained!r}; open_clip.list_pretrained() lists both"):
@@ -733,6 +739,9 @@ def load_checkpoint(model, name, file, tower_alone=False):
                 raise ValueError(f"a visual tower alone is a row: evaluate.py --checkpoint NAME={file}")
             model.visual.load_state_dict(state)
         else:
+            for key in {"positional_embedding", "visual.positional_embedding"} & state.keys():
+                if state[key].shape != model.state_dict()[key].shape:  # open_clip would stretch it
+                    raise ValueError(f"{key} is of shape {[*state[key].shape]}: it is of another input size")
             open_clip.load_checkpoint(model, str(file))
         return {int(i) for i in saved.get("train_ids", ())}
 
@@ -838,6 +847,8 @@ def decode_rows(source, rows, geometry, args, whole):
             pixels = transform(read_image(files.read(row["path"]), ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
         except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
             problem = describe(error)
+            if not args.skip_bad_images:
+                fail(f"{row['path']}: broken image ({problem}); --skip_bad_images leaves such images out")
         return {"caption": row["texts"][0], "pixels": pixels, "problem": problem}
 
     key = digest([files.stamp(), rows["path"][:], rows["texts"][:], geometry])
@@ -845,7 +856,7 @@ def decode_rows(source, rows, geometry, args, whole):
     cache.parent.mkdir(parents=True, exist_ok=True)
     if RANK:
         gather()  # rank 0 decodes first, and the others find it done
-    for _ in range(2):
+    for last in (False, True):
         if not cache.exists() and shutil.disk_usage(cache.parent).free < 1.1 * len(rows) * math.prod(shape):
             fail(f"{cache.parent} has no room for {len(rows)} images: make room, or give another --cache_dir")
         try:
@@ -853,7 +864,7 @@ def decode_rows(source, rows, geometry, args, whole):
             examples = rows.map(decode, features=kinds, **options, desc="decode")
             break
         except (ValueError, OSError):
-            if not cache.exists():
+            if last or not cache.exists():
                 raise
             cache.unlink()  # damaged: made again
     if not RANK:
@@ -1157,10 +1168,13 @@ def load_adversarial(folder, examples, args):
     Ends with one line if they were made with another attack, or if one is missing, of another caption or size, was
     altered since, or is outside the ball around its clean twin.
     """
-    made = load_record(folder / "metrics.json")["args"]
+    record = load_record(folder / "metrics.json")
+    made, weights = record["args"], [*model_files(args.model), *model_files(args.pretrained)]
     for flag in ("model", "pretrained", "eps", "alpha", "steps"):
         if made.get(flag) != portable(getattr(args, flag)):
             fail(f"{folder} was made with --{flag} {made.get(flag)}, not {getattr(args, flag)}: give another folder")
+    if record["inputs"] != {portable(str(file)): stamp(file) for file in weights}:
+        fail(f"{folder} was made with other weights, which lay under the same name: make it again with --overwrite")
     remedy = "make it again with generate_pgd_adversarial.py --overwrite"
     with about(f"{folder / 'metadata.jsonl'}: {remedy}"):
         entries = map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
@@ -1344,7 +1358,8 @@ class Trainer:
                 file.write(json.dumps(self.log[-1]) + "\n")
         if self.stopped or step % self.steps_per_epoch == 0:
             self.end_epoch(epoch, float(np.mean(window)))
-        if not RANK and not self.stopped and time.perf_counter() - self.saved >= 60 * args.save_every:
+        due = step % self.steps_per_epoch == 0 or time.perf_counter() - self.saved >= 60 * args.save_every
+        if due and not RANK and not self.stopped:
             state = {"visual": self.visual.state_dict(), "optimizer": self.optimizer.state_dict()}
             self.run.keep("state", state | {"log": self.log, "epochs": self.epochs})
             self.saved = time.perf_counter()
@@ -1378,12 +1393,12 @@ class Trainer:
         for name in [] if RANK else ["last.pt", "best.pt"] if best else ["last.pt"]:
             save(self.run.dir / name, checkpoint)
 
-    def finish(self, **metrics):
-        """Write metrics.json."""
+    def finish(self, seconds_before=0, **metrics):
+        """Write metrics.json; seconds_before: what it took to make the adversarial images."""
         figures = {"n": len(self.training), "n_validation": len(self.validation), "steps": len(self.log)}
         figures |= {"stopped_by": self.stopped, "epochs": self.epochs, "global_batch_size": self.size}
         figures["best_epoch"] = max(self.epochs, key=lambda epoch: epoch["val_white_box"])["epoch"]
         figures |= {"train_ids": self.training["coco_id"][:], "val_ids": self.validation["coco_id"][:]}
         seconds = self.run.seconds()
-        speed = {"training_seconds": seconds, "images_per_s": 2 * self.size * len(self.log) / seconds}  # of the whole
+        speed = {"training_seconds": seconds + seconds_before, "images_per_s": 2 * self.size * len(self.log) / seconds}
         self.run.finish(self.clip.device, **figures, **speed, **metrics)

@@ -5,7 +5,7 @@ Each batch holds every image twice, as it is and augmented; the loss is the mean
 The augmentations know nothing of the attack: brightness and contrast, Gaussian blur, Gaussian noise.
 
     python defend_clip_mat_v2.py --batch_size 16 --lr 1e-5 --epochs 3
-    python defend_clip_mat_v2.py --preset tiny
+    python defend_clip_mat_v2.py --preset tiny --lr 4e-4
 
 Files written to --output_dir (default runs/<preset>/mat):
     best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens

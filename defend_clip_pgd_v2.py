@@ -80,7 +80,8 @@ def main(args):
         grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), common.MAX_GRAD_NORM)
         optimizer.step()
         trainer.end_step(loss=loss, clean_loss=clean_loss, twin_loss=adv_loss, grad_norm=grad_norm)
-    trainer.finish(adversarial_dir=folder and str(folder))
+    made = common.load_record(folder / "metrics.json")["seconds"] if folder else 0
+    trainer.finish(made, adversarial_dir=folder and str(folder))
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def build_rows(args, clip, folder, stages, examples):
         taken.add(name)
     short = {}  # --defence takes the name of a stage's folder, too
     for name, source in [*((name, str(stage / "best.pt")) for name, stage in stages.items()), *args.checkpoint]:
-        seconds = training_seconds(stages[name]) if name in stages else None
+        seconds = common.load_record(stages[name] / "metrics.json")["training_seconds"] if name in stages else None
         rows[name] = replace(in_geometry(rows["original"], load_clip(args, source), args), name=name, seconds=seconds)
         short[TRAINED.get(name, name)] = name
     for row in rows.values():
@@ -178,15 +178,6 @@ def in_geometry(original, clip, args):
     transform = common.to_geometry(clip.geometry)
     transfer = [transform(Image.fromarray(image.transpose(1, 2, 0))) for image in original.transfer]
     return replace(original, clip=clip, pixels=pixels, transfer=np.stack(transfer))
-
-
-def training_seconds(stage):
-    """Wall time of a training, the offline adversarial images included."""
-    record = common.load_record(stage / "metrics.json")
-    with common.about(f"{stage}: its metrics.json is damaged"):
-        offline = record.get("adversarial_dir")
-        made = common.load_record(Path(offline) / "metrics.json")["seconds"] if offline else 0
-        return record["training_seconds"] + made
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,11 +410,13 @@ def under_both(attack, row, candidates, seed, run):
 
 
 def converged(row, candidates, attack, seed, run):
-    """The check that five times the steps move neither cosine nor R@1 out of their intervals."""
+    """The check that five times the steps move neither cosine nor R@1 out of their intervals.
+
+    Of a row whose R@1 is 0 already, the further fall of the cosine is printed and not marked.
+    """
     base, first = under_both(attack, row, candidates, seed, run)
     further, still = under_both(replace(attack, steps=5 * attack.steps), row, candidates, seed, run)
     (low, high), (least, most) = interval(base, seed), interval(first, seed)
-    # an R@1 of 0 cannot fall where it counts
     holds = (not first.any() or low <= further.mean() <= high) and least <= still.mean() <= most
     text = f"{attack.steps} steps {base.mean():.3f} [{low:.3f}, {high:.3f}], five times as many {further.mean():.3f}; "
     text += f"R@1 {first.mean():.2f} [{least:.2f}, {most:.2f}], {still.mean():.2f}"

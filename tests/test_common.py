@@ -168,7 +168,7 @@ def test_the_work_is_said_before_it_starts(tmp_path, capsys):
 
 
 def test_quick_gelu_mismatch_is_an_error_for_tags_and_files(tmp_path, capsys):
-    for model, tag in (("ViT-L-14", "openai"), ("ViT-L-14-quickgelu", "laion2b_s32b_b82k")):
+    for model, tag in (("ViT-L-14", "openai"), ("ViT-L/14", "openai"), ("ViT-L-14-quickgelu", "laion2b_s32b_b82k")):
         line = refusal(capsys, common.load_clip, flags(tmp_path, "--model", model, "--pretrained", tag))
         assert ("use --model ViT-L-14-quickgelu" if tag == "openai" else "not a known tag") in line
     torch.save({"quick_gelu": False, "state_dict": {}}, tmp_path / "gelu.pt")
