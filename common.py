@@ -1292,8 +1292,14 @@ class Trainer:
         captions, self.size = training["caption"][:], args.batch_size * PROCESSES
         self.steps_per_epoch = math.ceil(len(training) / self.size)
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
-        online_steps, passes = getattr(args, "online_steps", 0), math.ceil(self.last_step / self.steps_per_epoch)
-        work = self.last_step * self.size * (3 + online_steps) + passes * len(validation) * args.steps
+        self.log, self.epochs, self.stopped = [], [], None
+        if state := run.kept("state"):
+            visual.load_state_dict(state["visual"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.log, self.epochs = state["log"], state["epochs"]
+        online_steps, steps = getattr(args, "online_steps", 0), self.last_step - len(self.log)
+        work = steps * self.size * (3 + online_steps)
+        work += math.ceil(steps / self.steps_per_epoch) * len(validation) * args.steps
         announce(clip, training[: self.size]["pixels"], captions, work)
         self.text_features = clip.encode_text(captions)  # (N, D)
         number_of = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
@@ -1302,11 +1308,6 @@ class Trainer:
         model, tower = (sum(p.numel() * 4 for p in module.parameters()) for module in (clip.model, visual))
         run.require_disk(2 * model + 2 * 3 * tower)  # best.pt, last.pt; weights and two moments, and the next of them
         run.begin()
-        self.log, self.epochs, self.stopped = [], [], None
-        if state := run.kept("state"):
-            visual.load_state_dict(state["visual"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.log, self.epochs = state["log"], state["epochs"]
         if not RANK:
             save(run.dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 
