@@ -715,6 +715,7 @@ def load_clip(args, source=None):
 
 
 def has_quick_gelu(model):
+    """Whether a model was built with QuickGELU, OpenAI's, in place of GELU."""
     return any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.modules())
 
 
@@ -739,8 +740,9 @@ def load_checkpoint(model, name, file, tower_alone=False):
                 raise ValueError(f"a visual tower alone is a row: evaluate.py --checkpoint NAME={file}")
             model.visual.load_state_dict(state)
         else:
-            for key in {"positional_embedding", "visual.positional_embedding"} & state.keys():
-                if state[key].shape != model.state_dict()[key].shape:  # open_clip would stretch it
+            wanted = model.state_dict()
+            for key in {"positional_embedding", "visual.positional_embedding"} & state.keys() & wanted.keys():
+                if state[key].shape != wanted[key].shape:  # open_clip would stretch it
                     raise ValueError(f"{key} is of shape {[*state[key].shape]}: it is of another input size")
             open_clip.load_checkpoint(model, str(file))
         return {int(i) for i in saved.get("train_ids", ())}
