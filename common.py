@@ -327,11 +327,10 @@ class Run:
     def __init__(self, args, inputs=()):
         self.dir, self.clock = Path(args.output_dir), time.perf_counter()
         self.partial, self.done = self.dir / ".partial", self.dir / "metrics.json"
-        inputs = [*inputs, *model_files(args.model), *model_files(args.pretrained)]
         self.record = {
             "argv": sys.argv,
             "args": portable(vars(args)),
-            "inputs": {portable(str(path)): stamp(path) for path in inputs},
+            "inputs": stamps(args, inputs),
             "commit": git_commit(),
             "processes": PROCESSES,
             "started": datetime.now(timezone.utc).isoformat(),
@@ -440,6 +439,12 @@ class Run:
 def portable(value):
     """As JSON holds it, paths in this checkout relative to it: a run is known again where the checkout is moved."""
     return json.loads(json.dumps(value).replace(json.dumps(f"{ROOT}/")[1:-1], ""))
+
+
+def stamps(args, inputs=()):
+    """{path: stamp} of what a run reads: the files of its weights, and further inputs."""
+    paths = [*inputs, *model_files(args.model), *model_files(args.pretrained)]
+    return {portable(str(path)): stamp(path) for path in paths}
 
 
 def stamp(path):
@@ -706,8 +711,8 @@ def load_clip(args, source=None):
         if tag and quick != open_clip.get_model_config(name).get("quick_gelu", False):  # of which open_clip only warns
             other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
             raise ValueError(f"they disagree on QuickGELU, and features would be wrong: use --model {other}")
-        tag = pretrained if own and pretrained else None
-        model = open_clip.create_model(name, pretrained=tag, load_weights=own, require_pretrained=own)
+        known = pretrained if own and pretrained else None
+        model = open_clip.create_model(name, pretrained=known, load_weights=own, require_pretrained=own)
     train_ids = load_checkpoint(model, name, Path(pretrained)) if is_file else set()
     train_ids |= load_checkpoint(model, name, Path(source), tower_alone=True) if source else set()
     with about(f"cannot use {source or pretrained} for {name}"):
@@ -1171,11 +1176,11 @@ def load_adversarial(folder, examples, args):
     altered since, or is outside the ball around its clean twin.
     """
     record = load_record(folder / "metrics.json")
-    made, weights = record["args"], [*model_files(args.model), *model_files(args.pretrained)]
+    made = record["args"]
     for flag in ("model", "pretrained", "eps", "alpha", "steps"):
         if made.get(flag) != portable(getattr(args, flag)):
             fail(f"{folder} was made with --{flag} {made.get(flag)}, not {getattr(args, flag)}: give another folder")
-    if record["inputs"] != {portable(str(file)): stamp(file) for file in weights}:
+    if record["inputs"] != stamps(args):
         fail(f"{folder} was made with other weights, which lay under the same name: make it again with --overwrite")
     remedy = "make it again with generate_pgd_adversarial.py --overwrite"
     with about(f"{folder / 'metadata.jsonl'}: {remedy}"):
