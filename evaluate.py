@@ -24,6 +24,7 @@ import re
 import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -120,14 +121,19 @@ class Row:
     qualities: tuple = ()  # of the JPEG steps in front of it, in order; 'random' is drawn anew at each look
     seconds: float | None = None  # training time
 
-    def view(self, encode_image, seed, codec=jpeg):
-        """encode_image of the whole defence; its random draws start from seed, an int or a list of them."""
-        draws = np.random.default_rng(seed)
+    def view(self, encode_image, seed, codec=jpeg, here=None):
+        """encode_image of the whole defence; its random draws start from seed.
+
+        here   slice of the images that come each time: their draws are the same in whatever batch they come
+        """
+        low, high = RANDOM_QUALITIES
+        draw = partial(np.random.default_rng(seed).integers, low, high + 1)
 
         def encode(images):
             for q in self.qualities:
-                low, high = RANDOM_QUALITIES
-                images = codec(images, draws.integers(low, high + 1, len(images)) if q == "random" else q)
+                if q == "random":
+                    q = draw(len(self.pixels))[here] if here else draw(len(images))
+                images = codec(images, q)
             return encode_image(images)
 
         return encode
@@ -233,7 +239,7 @@ def attack_row(attack, row, candidates, start=None, run=None):
 
     def loss_at(here):
         # what is random is drawn anew in each step: the momentum is the expectation over it
-        view = row.view(encode, [attack.seed or 0, here.start], differentiable_jpeg)
+        view = row.view(encode, attack.seed or 0, differentiable_jpeg, here)
         own_features, mine = text_features[own[here]], own[here, None]
 
         def cosine(images):
@@ -376,9 +382,9 @@ def sanity(row, candidates, attack, seed, run=None):
     recalls = "R@1 " + ", ".join(f"{recall:.2f} at {levels}" for levels, _, recall in curve)
     checks.append(("larger eps ends in total failure", falls and curve[-1][2] <= 0.05, recalls))
 
-    images = as_images(row.pixels, torch.device("cpu"))
-    noise = common.start_noise(torch.zeros_like(images), 1, seed + 99, range(len(images))).sign()
-    noise = float(similarity(common.to_pixels(images + attack.eps * noise, row.pixels, attack.eps)).mean())
+    signs = np.random.default_rng([seed, 99]).choice([-1, 1], row.pixels.shape)
+    noise = (row.pixels + common.grey_levels(attack.eps) * signs).clip(0, 255).astype(np.uint8)
+    noise = float(similarity(noise).mean())
     checks.append(("the attack beats random noise of its size", figure < noise, f"{figure:.3f}, noise {noise:.3f}"))
 
     gap = similarity(row.transfer) - base

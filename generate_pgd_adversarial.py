@@ -16,7 +16,6 @@ Files written to --output_dir (default runs/<preset>/adversarial_<split>):
 
 import hashlib
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -63,7 +62,7 @@ def main(args):
     def loss_at(here):
         return common.own_caption(encode_image, clip.encode_text(captions[here]))(slice(None))
 
-    began, entries, healths = time.perf_counter(), [], []
+    entries, healths = [], []
     with ThreadPoolExecutor(args.num_workers) as pool:
         for here, pixels_adv, health in common.attack_images(attack, loss_at, pixels, clip, run=run):
             paths = [run.dir / file for file in files[here]]
@@ -79,7 +78,6 @@ def main(args):
     shares = common.gather((entries, healths))
     entry_of = {entry["file_name"]: entry for share, _ in shares for entry in share}
     entries, health = [entry_of[file] for file in files], common.sum_health([h for _, share in shares for h in share])
-    seconds = time.perf_counter() - began
     if not common.RANK:
         common.save(run.dir / "metadata.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
     clean, adversarial = (np.array([e[f"{kind}_similarity"] for e in entries]) for kind in ("clean", "adversarial"))
@@ -90,7 +88,7 @@ def main(args):
         adversarial_similarity=adversarial.mean(),
         share_lowered=(adversarial < clean).mean(),
         attack=health,
-        images_per_s=len(entries) / seconds,
+        images_per_s=len(entries) / run.seconds(),
     )
     print(
         f"{run.dir}: {len(entries)} images, similarity {clean.mean():.4f} -> {adversarial.mean():.4f}, lowered on "

@@ -39,7 +39,7 @@ class Planted(evaluate.Row):
     before: Callable = lambda images: images
     after: Callable = lambda features: features
 
-    def view(self, encode_image, seed, codec=None):
+    def view(self, encode_image, seed, codec=None, here=None):
         return lambda images: self.after(encode_image(self.before(images)))
 
 
@@ -151,6 +151,15 @@ def test_random_jpeg_draws_differ_by_image_and_look_but_not_by_run(setup):
         again = row.view(row.clip.encode_image, 0)(images)
     assert torch.equal(first, again) and not torch.equal(first, second)
     assert (first[0] != first[1:]).any()
+
+
+def test_random_jpeg_is_drawn_alike_in_whatever_batch_an_image_is_attacked(setup):
+    row, attack = replace(setup.row, qualities=("random",)), replace(ATTACK, steps=2)
+    together, _ = evaluate.attack_row(attack, row, setup.candidates, row.transfer)
+    row.clip.batch_size, whole = 3, row.clip.batch_size
+    apart, _ = evaluate.attack_row(attack, row, setup.candidates, row.transfer)
+    row.clip.batch_size = whole
+    assert torch.equal(together, apart)
 
 
 def test_paired_intervals_separate_what_means_alone_do_not():
