@@ -420,13 +420,15 @@ class Run:
         """Wall time of this run, without the pauses of a killed one."""
         return self.record["seconds"] + time.perf_counter() - self.clock
 
-    def finish(self, device, **metrics):
+    def finish(self, clip, **metrics):
         """Write metrics.json: how the run was made, then the script's own figures."""
-        modules, on_gpu = (torch, torchvision, open_clip, datasets, np), device.type == "cuda"
+        modules, device = (torch, torchvision, open_clip, datasets, np), clip.device
+        on_gpu = device.type == "cuda"
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.record |= {
             "versions": {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()},
             "device": f"{device} ({torch.cuda.get_device_name(device) if on_gpu else platform.machine()})",
+            "gradients": "bf16" if clip.bf16 else "fp32",
             "seconds": round(self.seconds(), 3),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak,  # of the process
         }
@@ -511,7 +513,7 @@ class Clip(torch.nn.Module):
 
     arch        the name that open_clip built it from; travels in checkpoints
     batch_size  images at a time
-    bf16        whether gradients are computed in it; what is scored is fp32 always
+    precision   the flag; bf16: whether gradients are computed in it; what is scored is fp32 always
     geometry    open_clip's preprocessing up to the pixels: size, interpolation, resize_mode, ...; plain values
     train_ids   COCO ids that its weights were trained on, a set
     """
@@ -522,7 +524,7 @@ class Clip(torch.nn.Module):
         if not all(weights.isfinite().all() for weights in model.state_dict().values()):
             raise ValueError("its weights are not finite: they are damaged, or of a training that diverged")
         able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.bf16 = precision == "bf16" or (precision == "auto" and able)
+        self.precision, self.bf16 = precision, precision == "bf16" or (precision == "auto" and able)
         self.geometry = dict(open_clip.get_model_preprocess_cfg(model))
         self.geometry["size"] = to_2tuple(self.geometry["size"])
         for key in ("mean", "std"):  # part of the model: what is attacked are pixels
@@ -544,7 +546,7 @@ class Clip(torch.nn.Module):
         dtype = torch.bfloat16 if bf16 else torch.float32
         tower = fast_tower(self.model.visual, self.mean, self.std, dtype, held=False)
         if tower:
-            return F.normalize(tower(images).float(), dim=-1)
+            return F.normalize(tower(images), dim=-1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             image_features = self.model.encode_image((images - self.mean) / self.std)
         return F.normalize(image_features.float(), dim=-1)
@@ -555,7 +557,7 @@ class Clip(torch.nn.Module):
         """encode_image with the present weights held fixed, differentiable in the images alone: for attacks."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         tower = fast_tower(self.model.visual, self.mean, self.std, dtype, held=True)
-        return (lambda images: F.normalize(tower(images).float(), dim=-1)) if tower else self.encode_image
+        return (lambda images: F.normalize(tower(images), dim=-1)) if tower else self.encode_image
 
     @torch.no_grad()
     def encode_pixels(self, pixels, encode_image=None):
@@ -590,6 +592,8 @@ def fast_tower(visual, mean, std, dtype, held):
 
     The same function, rearranged: normalisation folded into a patch embedding done as one product, one product for
     q, k and v, scaled_dot_product_attention, the last block for the class token only, QuickGELU as a scaled SiLU.
+    dtype     of the blocks' products; pixels, residual stream and norms are float32, without which the bf16 gradient of
+              some photographs has nothing in common with the exact one
     held      the weights are constants: differentiable in the pixels alone; else in the weights, too
     returns   (B, 3, H, W) in [0, 1] -> (B, D), not normalised; None for a tower that is not of the plain kind
     """
@@ -598,16 +602,19 @@ def fast_tower(visual, mean, std, dtype, held):
     blocks = visual.transformer.resblocks
     width, patch, heads = len(visual.class_embedding), visual.patch_size[0], blocks[0].attn.num_heads
 
+    def exact(*tensors):
+        return [tensor.detach() if held else tensor for tensor in tensors]
+
     def fixed(*tensors):
-        return [(tensor.detach() if held else tensor).to(dtype) for tensor in tensors]
+        return [tensor.to(dtype) for tensor in exact(*tensors)]
 
     def norm(layer):
-        weights = fixed(layer.weight, layer.bias) if isinstance(layer, torch.nn.LayerNorm) else None
+        weights = exact(layer.weight, layer.bias) if isinstance(layer, torch.nn.LayerNorm) else None
         return lambda x: F.layer_norm(x, (width,), *weights, layer.eps) if weights else x
 
     kernel = visual.conv1.weight / std  # (W, 3, P, P)
-    embed = fixed(kernel.flatten(1), -(kernel * mean).sum((1, 2, 3)))
-    token, position, projection = fixed(visual.class_embedding, visual.positional_embedding, visual.proj)
+    embed = exact(kernel.flatten(1), -(kernel * mean).sum((1, 2, 3)))
+    token, position, projection = exact(visual.class_embedding, visual.positional_embedding, visual.proj)
     before, after = norm(visual.ln_pre), norm(visual.ln_post)
     layers = [block_weights(block, fixed, norm) for block in blocks]
 
@@ -615,7 +622,7 @@ def fast_tower(visual, mean, std, dtype, held):
         return x.unflatten(2, (-1, heads, width // heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def layer(x, norm_1, norm_2, w_qkv, b_qkv, w_out, b_out, w_1, b_1, w_2, b_2, activation, last):
-        y = norm_1(x)
+        y = norm_1(x).to(dtype)
         if last:  # the class token alone is read
             x = x[:, :1]
             (q,) = split(F.linear(y[:, :1], w_qkv[:width], b_qkv[:width]))
@@ -624,10 +631,10 @@ def fast_tower(visual, mean, std, dtype, held):
             q, k, v = split(F.linear(y, w_qkv, b_qkv))
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + F.linear(y, w_out, b_out)
-        return x + F.linear(activation(F.linear(norm_2(x), w_1, b_1)), w_2, b_2)
+        return x + F.linear(activation(F.linear(norm_2(x).to(dtype), w_1, b_1)), w_2, b_2)
 
     def encode(images):
-        x = images.to(dtype).unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, P, P)
+        x = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, P, P)
         x = F.linear(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), *embed)  # (B, hw, W)
         x = before(torch.cat([token.expand(len(x), 1, -1), x], 1) + position)
         for i, weights in enumerate(layers):
@@ -1216,11 +1223,10 @@ def announce(clip, pixels, captions, image_steps):
 
     image_steps   of the attack, forward and back to the pixels; a pair of training images is about three of them
     """
-    count = min(len(pixels), clip.batch_size, 8 if clip.device.type == "cpu" else clip.batch_size)
-    check_gradient(clip, pixels[: clip.batch_size], captions)
-    pixel_gradient(clip, pixels[:count], captions)
+    check_gradient(clip, pixels, captions)
+    pixel_gradient(clip, pixels, captions)
     began = time.perf_counter()
-    pixel_gradient(clip, pixels[:count], captions)
+    count = len(pixel_gradient(clip, pixels, captions))
     seconds = (time.perf_counter() - began) / count * image_steps / PROCESSES
     line = f"work: {image_steps:,} image-steps, about {duration(seconds)} on {PROCESSES} x {clip.device}"
     if clip.device.type == "cpu" and seconds > 1800:
@@ -1229,22 +1235,29 @@ def announce(clip, pixels, captions, image_steps):
 
 
 def pixel_gradient(clip, pixels, captions):
-    """Of each image's cosine with its own caption: (B, 3 H W) on the CPU, which waits for the GPU."""
-    images, text_features = as_images(pixels, clip.device).requires_grad_(), clip.encode_text(captions[: len(pixels)])
+    """Of the cosine with the own caption, of a first batch, on a CPU a small one: (B, 3 H W); waits for the GPU."""
+    count = min(clip.batch_size, 8 if clip.device.type == "cpu" else clip.batch_size)
+    images, text_features = as_images(pixels[:count], clip.device).requires_grad_(), clip.encode_text(captions[:count])
     (grad,) = torch.autograd.grad((clip.frozen()(images) * text_features).sum(), images)
     return grad.flatten(1).cpu()
 
 
 def check_gradient(clip, pixels, captions):
-    """On a GPU, end unless the bf16 gradient of a batch agrees with fp32: an attack along another is no evidence."""
-    if not clip.bf16 or clip.device.type != "cuda":
+    """Where the bf16 gradient of an image has another direction than fp32's, bf16 ends here, and auto goes on in fp32.
+
+    An attack along such a gradient is no evidence.
+    """
+    if not clip.bf16:
         return
     first = pixel_gradient(clip, pixels, captions)
     clip.bf16 = False
     agreement = F.cosine_similarity(first, pixel_gradient(clip, pixels, captions)).min().item()
-    clip.bf16 = True
-    if not agreement > 0.95:
-        fail(f"{clip.arch}: the bf16 gradient has a cosine of {agreement:.3f} with the fp32 one: --precision fp32")
+    clip.bf16 = gather(agreement)[0] > 0.95  # rank 0's decides for all
+    if not clip.bf16:
+        said = f"{clip.arch}: the bf16 gradient has a cosine of {agreement:.3f} with the fp32 one"
+        if clip.precision == "bf16":
+            fail(f"{said}: --precision fp32")
+        print(f"{said}: going on in fp32", flush=True)
 
 
 def duration(seconds):
@@ -1409,4 +1422,4 @@ class Trainer:
         figures |= {"train_ids": self.training["coco_id"][:], "val_ids": self.validation["coco_id"][:]}
         seconds = self.run.seconds()
         speed = {"training_seconds": seconds + seconds_before, "images_per_s": 2 * self.size * len(self.log) / seconds}
-        self.run.finish(self.clip.device, **figures, **speed, **metrics)
+        self.run.finish(self.clip, **figures, **speed, **metrics)

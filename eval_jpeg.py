@@ -100,8 +100,8 @@ def main(args):
     examples = common.load_examples(args, "eval", range(args.num_images), clip.geometry)
     pixels, transfer = examples["pixels"], common.load_adversarial(folder, examples, args)
     run.require_disk(1.1 * len(args.qualities) * transfer.nbytes)
-    run.begin()
     common.announce(clip, pixels, examples["caption"][:], len(args.qualities) * len(pixels) * args.steps)
+    run.begin()
     text_features = clip.encode_text(examples["caption"][:])
     attack, qualities, health = common.white_box(args.eps, args.steps, through_jpeg=True), {}, {}
     print(f"{len(pixels)} images       clean  transfer  adaptive")
@@ -120,7 +120,7 @@ def main(args):
         means = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}
         qualities[q] = means | {"per_image": per_image}
         print(f"JPEG quality {q:<6}" + "".join(f"{value:10.4f}" for value in means.values()), flush=True)
-    run.finish(clip.device, n=len(pixels), qualities=qualities, attack=health, coco_ids=examples["coco_id"][:])
+    run.finish(clip, n=len(pixels), qualities=qualities, attack=health, coco_ids=examples["coco_id"][:])
 
 
 if __name__ == "__main__":

@@ -688,18 +688,20 @@ def main(args):
     rows = build_rows(args, clip, folder, stages, examples)
     steps, nbytes = work_of(rows, args)
     run.require_disk(1.1 * nbytes)
-    run.begin()
     common.announce(clip, rows[0].pixels, examples["caption"][:], steps)
+    for row in rows[1:]:
+        common.check_gradient(row.clip, row.pixels, examples["caption"][:])
+    run.begin()
 
     record = {"n": len(examples), "rows": {}, "paired": [], "sanity": {}, "health": {}}
     per_row, first_lowest = {}, None
     for row in rows:
         attack = row.attack(args)
-        common.check_gradient(row.clip, row.pixels[: row.clip.batch_size], examples["caption"][:])
         conditions, lowest, record["health"][row.name] = measure(row, candidates, attack, args.restarts, args.seed, run)
         per_row[row.name] = conditions
         summary = record["rows"][row.name] = summarise(conditions, args.seed)
         summary |= gains(summary, record["rows"]["original"]) | {"training_seconds": row.seconds}
+        summary["gradients"] = "bf16" if row.clip.bf16 else "fp32"
         first_lowest = lowest[:4].clone() if first_lowest is None else first_lowest
         if args.sanity:
             few = slice(SANITY_IMAGES)
@@ -713,7 +715,7 @@ def main(args):
     shown = {"args": run.record["args"]} | record
     if not common.RANK:
         save_tables(run, shown, examples, first_lowest, clip)
-    run.finish(clip.device, **record)
+    run.finish(clip, **record)
     print(f"\n{console_table(shown)}\n\nin {run.dir}: table.md, metrics.json and figures")
 
 

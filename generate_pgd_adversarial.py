@@ -48,6 +48,7 @@ def main(args):
     examples = common.load_examples(args, args.split, range(args.num_images), clip.geometry)
     pixels, captions, ids = examples["pixels"], examples["caption"][:], examples["coco_id"][:]
     run.require_disk(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run keeps
+    common.announce(clip, pixels, captions, len(pixels) * args.steps)
     run.begin()
     files = [common.twin_name(coco_id) for coco_id in ids]
     if not common.RANK:
@@ -55,7 +56,6 @@ def main(args):
         for stale in {*(run.dir / "images").glob("[0-9]*.png")} - {run.dir / file for file in files}:
             stale.unlink()  # of a run with more images
     common.gather()
-    common.announce(clip, pixels, captions, len(pixels) * args.steps)
 
     attack, encode_image = common.Attack(args.eps, args.alpha, args.steps, args.seed), clip.frozen()
 
@@ -82,7 +82,7 @@ def main(args):
         common.save(run.dir / "metadata.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
     clean, adversarial = (np.array([e[f"{kind}_similarity"] for e in entries]) for kind in ("clean", "adversarial"))
     run.finish(
-        clip.device,
+        clip,
         n=len(entries),
         clean_similarity=clean.mean(),
         adversarial_similarity=adversarial.mean(),

@@ -11,6 +11,7 @@ import tracemalloc
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -127,7 +128,7 @@ def test_help_gives_every_flag_with_its_default(script, capsys):
 
 def test_a_finished_run_is_not_replaced_by_one_of_other_flags(tmp_path, capsys):
     done = tmp_path / "run" / "metrics.json"
-    common.Run(flags(tmp_path)).finish(torch.device("cpu"), n=1)
+    common.Run(flags(tmp_path)).finish(SimpleNamespace(device=torch.device("cpu"), bf16=False), n=1)
     before = done.read_bytes()
     same = common.Run(flags(tmp_path, "--num_workers", "7"))  # changes no number
     assert same.finished == json.loads(before) and "nothing to do" in capsys.readouterr().out

@@ -64,3 +64,13 @@ def test_a_tower_without_its_first_norm_is_still_exact():
     images = torch.rand(2, 3, 32, 32)
     ours = fast_tower(visual, MEAN, STD, torch.float32, held=True)(images)
     torch.testing.assert_close(ours, visual((images - MEAN) / STD), rtol=1e-4, atol=1e-5)
+
+
+def test_in_bf16_all_but_the_products_of_the_blocks_is_float32():
+    visual, images = tower(), torch.rand(2, 3, 32, 32)
+    for block in visual.transformer.resblocks:
+        for layer in (block.attn.out_proj, block.mlp.c_proj):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+    ours = fast_tower(visual, MEAN, STD, torch.bfloat16, held=True)(images)
+    torch.testing.assert_close(ours, visual((images - MEAN) / STD), rtol=1e-5, atol=1e-6)
