@@ -10,18 +10,14 @@ import contextlib
 import hashlib
 import json
 import re
-import sys
 import threading
-from datetime import datetime, timezone
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 API = re.compile(r"/api/(models|datasets)/([^/]+(?:/[^/]+)?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.+))?)?")
 RESOLVE = re.compile(r"(?:/(datasets))?/([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
-RANGE = re.compile(r"bytes=(?:(\d+)-(\d*)|-(\d+))")
-PLAIN_SUFFIXES = {"", ".json", ".md", ".py", ".txt", ".yaml"}  # kept in git itself; the hub keeps the others in LFS
+RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
 class NotFound(Exception):
@@ -32,42 +28,23 @@ def git_id(*parts):
     return hashlib.sha1(repr(parts).encode()).hexdigest()
 
 
-@cache
-def sha256(path, mtime_ns):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 class Repo:
     """One local folder as it stands now: its files, the folders over them, and its commit."""
 
     def __init__(self, folder):
         self.paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-        self.stats = {name: path.stat() for name, path in self.paths.items()}
+        self.sizes = {name: path.stat().st_size for name, path in self.paths.items()}
         self.folders = {str(parent) for name in self.paths for parent in PurePosixPath(name).parents} - {"."}
-        self.commit = git_id(*((name, st.st_size, st.st_mtime_ns) for name, st in self.stats.items()))
-        newest = max((st.st_mtime for st in self.stats.values()), default=0)
-        self.date = datetime.fromtimestamp(newest, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-
-    def digest(self, name):
-        return sha256(self.paths[name], self.stats[name].st_mtime_ns)
+        self.commit = git_id(*((name, path.stat().st_mtime_ns) for name, path in self.paths.items()), self.sizes)
 
     def info(self, repo_id):
-        files = [{"rfilename": name, "size": st.st_size} for name, st in self.stats.items()]
+        files = [{"rfilename": name, "size": size} for name, size in self.sizes.items()]
         flags = {"private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
-        return {"id": repo_id, "sha": self.commit, "lastModified": self.date, "siblings": files} | flags
+        return {"id": repo_id, "sha": self.commit, "siblings": files} | flags
 
-    def entries(self, names, expand):
-        entries = []
-        for name in names:
-            is_file = name in self.paths
-            entry = {"type": "file" if is_file else "directory", "path": name, "oid": git_id(self.commit, name)}
-            entry["size"] = self.stats[name].st_size if is_file else 0
-            if is_file and PurePosixPath(name).suffix not in PLAIN_SUFFIXES:
-                entry["lfs"] = {"oid": self.digest(name), "size": entry["size"], "pointerSize": 134}
-            if expand:
-                entry["lastCommit"] = {"id": self.commit, "title": "All files", "date": self.date}
-            entries.append(entry)
-        return entries
+    def entry(self, name):
+        kind = "file" if name in self.paths else "directory"
+        return {"type": kind, "path": name, "oid": git_id(self.commit, name), "size": self.sizes.get(name, 0)}
 
     def tree(self, folder, recursive):
         if folder and folder not in self.folders:
@@ -110,12 +87,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def api(self, kind, repo_id, what, revision, path, asked):
         repo = self.repo(kind, repo_id, revision or "main")
-        recursive, expand = (asked.get(key, [""])[0].lower() in ("true", "1") for key in ("recursive", "expand"))
         if what == "tree":
-            return repo.entries(repo.tree(unquote(path or ""), recursive), expand)
+            recursive = asked.get("recursive", [""])[0].lower() == "true"
+            return [repo.entry(name) for name in repo.tree(unquote(path or ""), recursive)]
         if what == "paths-info":
-            known = [name for name in asked.get("paths", []) if name in repo.paths or name in repo.folders]
-            return repo.entries(known, expand)
+            return [repo.entry(name) for name in asked["paths"] if name in repo.paths or name in repo.folders]
         return repo.info(repo_id)
 
     def resolve(self, kind, repo_id, revision, path):
@@ -123,15 +99,14 @@ class Handler(BaseHTTPRequestHandler):
         if name not in repo.paths:
             raise NotFound("EntryNotFound")
         content = repo.paths[name].read_bytes()
-        headers = {"ETag": f'"{repo.digest(name)}"', "X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{git_id(repo.commit, name)}"', "X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
         span = RANGE.fullmatch(self.headers.get("Range", "")) if self.command == "GET" else None
         if span is None:
             return self.send(200, content, headers)
-        first, last, tail = span.groups()
-        start = int(first) if first else max(len(content) - int(tail), 0)
-        stop = min(int(last) + 1, len(content)) if last else len(content)
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        return self.send(206, content[start:stop], headers)
+        first, last = map(int, span.groups())
+        content, whole = content[first : last + 1], len(content)
+        headers["Content-Range"] = f"bytes {first}-{first + len(content) - 1}/{whole}"
+        return self.send(206, content, headers)
 
     def send(self, status, content, headers=None):
         self.send_response(status)
@@ -160,10 +135,6 @@ class Hub(ThreadingHTTPServer):
     def bytes_sent(self, part):
         """The body bytes of the answers to the GETs whose path contains part."""
         return sum(sent for method, path, _, sent in self.requests if method == "GET" and part in path)
-
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may hang up
-            super().handle_error(request, client_address)
 
 
 @contextlib.contextmanager
