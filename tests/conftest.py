@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -47,6 +49,16 @@ def shell(*words, code=0):
     return out.getvalue(), err.getvalue()
 
 
+def process(cwd, env, *commands):
+    """Run scripts, one after the other, in a process of their own with further environment: what it printed."""
+    code = f"import runpy, sys\nfor sys.argv in {[[str(word) for word in words] for words in commands]}:\n"
+    code += f"    runpy.run_path({str(ROOT)!r} + '/' + sys.argv[0], run_name='__main__')\n"
+    done = [sys.executable, "-c", code]
+    done = subprocess.run(done, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
@@ -55,11 +67,16 @@ def jsonl(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def lines_of(stderr):
+    """Its lines, progress bars aside."""
+    return [line for line in re.split("[\r\n]", stderr) if line.strip() and "%|" not in line]
+
+
 def refusal(capsys, call, *args):
     """The one line with which a call ends, exit code 2."""
     with pytest.raises(SystemExit) as end:
         call(*args)
-    lines = capsys.readouterr().err.strip().splitlines()
+    lines = lines_of(capsys.readouterr().err)
     assert end.value.code == 2 and len(lines) == 1, lines
     return lines[0]
 
