@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, refusal
+from conftest import refusal
 from torch.nn import functional as F
 
 import common
@@ -56,22 +56,21 @@ def failed(row, setup, count=4, steps=5):
 
 
 def test_an_honest_model_passes_every_check(setup):
-    assert failed(setup.row, setup, count=8, steps=20) == set()
+    assert failed(setup.row, setup, count=6, steps=12) == set()
 
 
-def test_a_quantiser_in_front_is_flagged(setup):
-    row = planted(setup, before=lambda images: (images * 16).round() / 16)
-    assert "gradients are there and finite" in failed(row, setup)
+GRADIENTS, AGAIN = "gradients are there and finite", "another look gives the same"
+PLANTED = {  # defence -> what it is put in front of the model or behind it, and the check that it fails
+    "quantised": ({"before": lambda images: (images * 16).round() / 16}, GRADIENTS),
+    "underflowing": ({"after": lambda features: (features * 1e-30) * 1e-20 + features.detach()}, GRADIENTS),
+    "random": ({"before": lambda images: (images + 0.3 * torch.randn_like(images)).clamp(0, 1)}, AGAIN),
+}
 
 
-def test_underflowing_features_are_flagged(setup):
-    row = planted(setup, after=lambda features: (features * 1e-30) * 1e-20 + features.detach())
-    assert "gradients are there and finite" in failed(row, setup)
-
-
-def test_a_randomised_input_is_flagged(setup):
-    row = planted(setup, before=lambda images: (images + 0.3 * torch.randn_like(images)).clamp(0, 1))
-    assert "another look gives the same" in failed(row, setup)
+@pytest.mark.parametrize("defence", PLANTED)
+def test_a_planted_defence_is_flagged(defence, setup):
+    functions, check = PLANTED[defence]
+    assert check in failed(planted(setup, **functions), setup)
 
 
 def test_nan_features_end_the_run(setup, capsys):
@@ -173,22 +172,12 @@ def test_paired_intervals_separate_what_means_alone_do_not():
     assert evaluate.interval(base, 0)[1] > evaluate.interval(base + 0.02, 0)[0]
 
 
-def test_bare_visual_towers_and_other_models_are_rows(setup, tmp_path):
+def test_a_bare_visual_tower_keeps_the_text_tower(setup, tmp_path):
     visual = {key: value * 1.01 for key, value in setup.row.clip.model.visual.state_dict().items()}
     torch.save(visual, tmp_path / "tower.pt")
     loaded = common.load_clip(setup.args, str(tmp_path / "tower.pt")).model
     assert all(torch.equal(value, visual[key]) for key, value in loaded.visual.state_dict().items())
     assert torch.equal(loaded.positional_embedding, setup.row.clip.model.positional_embedding)
-    other = common.load_clip(setup.args, f"local-dir:{TINY / 'clip'}")
-    assert torch.equal(other.model.visual.proj, setup.row.clip.model.visual.proj)
-
-
-def test_a_model_of_another_geometry_is_measured_in_its_own_pixels(setup):
-    clip = copy.copy(setup.row.clip)
-    clip.geometry = clip.geometry | {"size": (48, 48)}
-    row = evaluate.in_geometry(setup.row, clip, setup.args)
-    assert row.pixels.shape == row.transfer.shape == (IMAGES, 3, 48, 48)
-    assert evaluate.in_geometry(setup.row, setup.row.clip, setup.args).pixels is setup.row.pixels
 
 
 def test_five_images_are_shared_out_as_three_and_two(setup, monkeypatch):
