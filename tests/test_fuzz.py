@@ -59,14 +59,6 @@ def test_rows_are_read_as_they_stand_or_refused_in_one_line(sound, other):
         assert row["path"] == paths[i] and row["texts"] == [text.strip() for text in captions[i]]
 
 
-@settings(max_examples=100, **FEW)
-@given(st.lists(SOUND_PATH, max_size=4), st.lists(SOUND_PATH | TEXT, max_size=8))
-def test_a_file_is_one_of_those_listed_and_has_the_name_of_the_rows_path(paths, names):
-    found = common.match_files(paths, names)
-    assert found.keys() == {path for path in paths if Path(path).name in {Path(name).name for name in names}}
-    assert all(name in names and Path(name).name == Path(path).name for path, name in found.items())
-
-
 JSON = st.recursive(st.none() | st.integers() | st.floats() | TEXT, lambda x: st.lists(x) | st.dictionaries(TEXT, x))
 
 
