@@ -202,13 +202,12 @@ def test_the_hub_gives_the_same_data_whatever_its_row_counts_and_only_the_member
         folder = repos[f"datasets/TIGER-Lab/MMEB-{split}"] = copy(split, tmp_path)
         card = folder / "README.md"
         card.write_text(card.read_text().replace("---\n", CARD.replace("SPLIT", name), 1))
-    commands = {split: ["generate_pgd_adversarial.py", "--split", split, "--steps", 1] for split in ("train", "eval")}
-    commands["train"] += ["--num_images", 12]
-    commands["eval"] += ["--num_images", 4]
+    generate = ["generate_pgd_adversarial.py", "--steps", 1, "--split"]
+    commands = {"train": [*generate, "train", "--num_images", 12], "eval": [*generate, "eval", "--num_images", 4]}
     from_hub = [[*words, "--model", "hf-hub:lab/tiny-clip"] for words in commands.values()]
-    env = {"HF_HOME": str(tmp_path / "home")}
     with serve_hub(repos) as hub:
-        process(tmp_path, env | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}, *from_hub)
+        env = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
+        process(tmp_path, env | {"HF_HUB_OFFLINE": "0"}, *from_hub)
     for split, words in commands.items():
         shell(*words, "--preset", "tiny", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / split)
         listed = (tmp_path / folder / "metadata.jsonl" for folder in (split, f"runs/report/adversarial_{split}"))
