@@ -132,10 +132,6 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos, self.requests = repos, []
 
-    def bytes_sent(self, part):
-        """The body bytes of the answers to the GETs whose path contains part."""
-        return sum(sent for method, path, _, sent in self.requests if method == "GET" and part in path)
-
 
 @contextlib.contextmanager
 def serve_hub(repos):

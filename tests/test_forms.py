@@ -99,13 +99,6 @@ def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(fold
         assert row == record["rows"][name]  # as without the others beside it
 
 
-def test_the_original_may_be_a_siglip(folder):
-    words = ["--split", "eval", "--num_images", 2, "--steps", 1, "--preset", "tiny", "--cache_dir", folder / "cache"]
-    words += ["--model", f"local-dir:{folder / 'siglip'}", "--output_dir", folder / "siglip_eval"]
-    shell("generate_pgd_adversarial.py", *words)
-    assert Image.open(next((folder / "siglip_eval" / "images").iterdir())).size == (160, 160)
-
-
 def test_a_model_whose_tokenizer_cannot_be_had_is_one_line(tmp_path, capsys):
     model = {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT | {"hf_tokenizer_name": "org/none"}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
