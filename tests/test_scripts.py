@@ -30,7 +30,6 @@ import evaluate
 STAGES = {"adversarial_train": "generation", "adversarial_eval": "generation", "mat": "training", "pgd": "training"}
 STAGES |= {"online": "training", "evaluation": "evaluation"}
 ROWS = ["original", "MAT", "caption-aware", "caption-aware, online", "JPEG 50"]
-SMOKE = ["--preset", "smoke", "--qualities", 50]
 ODD = r"a|b \| `c` *d* <i>e</i> _f_ [g](h) ~~i~~ &amp; $j$"  # a name that Markdown would read as much else
 
 
@@ -236,9 +235,8 @@ def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, r
         record["args"] |= {key: vars(evaluate.parse_args([]))[key] for key in ("model", "pretrained", "eval_data")}
         record["args"]["steps"] = 20
     else:
-        assert evaluate.markdown_table(metrics(report[0] / "evaluation")) == (
-            (report[0] / "evaluation" / "table.md").read_text()
-        )
+        written = (report[0] / "evaluation" / "table.md").read_text()
+        assert evaluate.markdown_table(metrics(report[0] / "evaluation")) == written
     for row in record["rows"]:
         record["sanity"][row] = {"checks": [["it holds", row != ODD, "1 | 2"], ["it holds", True, "3"]]}
     record["paired"][0] |= {"rows": ["original", ODD], "separated": False}
@@ -246,7 +244,7 @@ def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, r
     page = ElementTree.fromstring(f"<div>{html}</div>")
     assert [child.tag for child in page] == ["p", "table", "p", "p", "p", "ul"]
     header, *rows = page.find("table").iter("tr")
-    assert len(header) == 16 if comparable else 13
+    assert len(header) == (16 if comparable else 13)
     cells = [["".join(cell.itertext()) for cell in row] for row in rows]
     assert [name.removesuffix(" (!)") for name, *_ in cells] == list(record["rows"])
     for row, name in zip(cells, record["rows"]):
@@ -271,8 +269,9 @@ def test_the_reports_training_command_makes_the_images_it_lacks_and_stops_where_
 
 
 def test_eval_jpeg_gives_the_three_conditions(report, tmp_path):
-    shutil.copytree(report[0] / "adversarial_eval", tmp_path / "adversarial_eval")
-    shell("eval_jpeg.py", *SMOKE, "--output_dir", tmp_path / "jpeg", "--cache_dir", report[0] / "cache")
+    folders = ["--cache_dir", report[0] / "cache", "--output_dir", tmp_path / "jpeg"]
+    folders += ["--adversarial_dir", report[0] / "adversarial_eval"]
+    shell("eval_jpeg.py", "--preset", "smoke", "--qualities", 50, *folders)
     (found,) = check_metrics(tmp_path / "jpeg", "jpeg")["qualities"].values()
     row = metrics(report[0] / "evaluation")["rows"]["JPEG 50"]
     for kind in ("clean", "transfer"):
