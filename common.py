@@ -95,14 +95,14 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 def pixel_distance(text):
-    """argparse type for a distance on the [0, 1] pixel scale, of one grey level at least: '8/255' or '0.0314'."""
+    """argparse type for a distance on the [0, 1] pixel scale, from one grey level to below 1: '8/255' or '0.0314'."""
     over, _, under = text.partition("/")
     try:
         value = float(over) / float(under or 1)
     except (ValueError, ZeroDivisionError):
         value = math.nan
-    if not 1 / 255.5 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not from 1/255 to 1; for {text} grey levels write {text}/255")
+    if not 1 / 255.5 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 1/255 to below 1; for {text} levels write {text}/255")
     return value
 
 
@@ -280,7 +280,7 @@ def process_group():
 
 @process_group()
 def run_main(main, args):
-    """main(args); a full disk, a full memory or Ctrl-C ends it in one line, a mistake of ours in its traceback."""
+    """main(args); a full disk, a full GPU or Ctrl-C ends it in one line, a mistake of ours in its traceback."""
     try:
         main(args)
     except KeyboardInterrupt:
@@ -312,9 +312,8 @@ def progress(iterable=None, what="", total=None, unit="batch"):
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs: one output folder each; metrics.json is written last and marks the folder complete
 
-NOT_IN_RESULT = {  # flags that change no number
-    *("output_dir", "overwrite", "num_workers", "cache_dir", "reproduce", "save_every", "grad_checkpointing"),
-}
+# flags that change no number
+NOT_IN_RESULT = {"output_dir", "overwrite", "num_workers", "cache_dir", "reproduce", "save_every", "grad_checkpointing"}
 
 
 class Run:
@@ -345,9 +344,10 @@ class Run:
         if begun:
             self.record |= {"started": begun["started"], "seconds": begun["seconds"]}
             print(f"{self.dir} holds an unfinished run: going on after its first {begun['seconds']:.0f} s")
-        commit = (self.finished or begun or self.record).get("commit")
-        if commit != self.record["commit"]:
-            print(f"note: made by other code, commit {commit}; this is {self.record['commit']}")
+        for key in ("commit", "processes"):
+            was, now = (record.get(key) for record in (self.finished or begun or self.record, self.record))
+            if was != now:
+                print(f"note: {self.dir} was made with another {key}: {was}, not {now}")
         if not RANK and not begun:
             shutil.rmtree(self.partial, ignore_errors=True)
         gather()
@@ -588,7 +588,7 @@ class Clip(torch.nn.Module):
 
 
 def fast_tower(visual, mean, std, dtype, held):
-    """An exact, faster form of open_clip's plain VisionTransformer.
+    """An exact, faster form of open_clip's plain VisionTransformer, on a CPU or with CUDA.
 
     The same function, rearranged: normalisation folded into a patch embedding done as one product, one product for
     q, k and v, scaled_dot_product_attention, the last block for the class token only, QuickGELU as a scaled SiLU.
@@ -616,12 +616,21 @@ def fast_tower(visual, mean, std, dtype, held):
     embed = exact(kernel.flatten(1), -(kernel * mean).sum((1, 2, 3)))
     token, position, projection = exact(visual.class_embedding, visual.positional_embedding, visual.proj)
     before, after = norm(visual.ln_pre), norm(visual.ln_post)
-    layers = [block_weights(block, fixed, norm) for block in blocks]
+    quick = isinstance(blocks[0].mlp.gelu, open_clip.transformer.QuickGELU)  # x sigmoid(ax) = silu(ax) / a
+    scale, activation = (1.702, F.silu) if quick else (1.0, F.gelu)
+
+    def weights_of(block):  # as layer() takes them
+        first, last, attention = block.mlp.c_fc, block.mlp.c_proj, block.attn
+        inner = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias
+        mlp = first.weight * scale, first.bias * scale, last.weight / scale, last.bias
+        return norm(block.ln_1), norm(block.ln_2), *fixed(*inner, *mlp)
+
+    layers = [weights_of(block) for block in blocks]
 
     def split(x):  # (B, N, k W) -> k of (B, heads, N, W / heads)
         return x.unflatten(2, (-1, heads, width // heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def layer(x, norm_1, norm_2, w_qkv, b_qkv, w_out, b_out, w_1, b_1, w_2, b_2, activation, last):
+    def layer(x, norm_1, norm_2, w_qkv, b_qkv, w_out, b_out, w_1, b_1, w_2, b_2, last):
         y = norm_1(x).to(dtype)
         if last:  # the class token alone is read
             x = x[:, :1]
@@ -650,27 +659,17 @@ def fast_tower(visual, mean, std, dtype, held):
 
 def is_plain(visual):
     """Whether a tower is open_clip's VisionTransformer as OpenAI's CLIP has it, which fast_tower() knows."""
-    if type(visual) is not open_clip.transformer.VisionTransformer:
-        return False
+    if type(visual) is not open_clip.transformer.VisionTransformer or visual.conv1.weight.device.type == "mps":
+        return False  # attention of a single query was wrong on mps (torch issues 163597, 181133)
     if visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool or visual.output_tokens:
         return False
+    identities = [visual.patch_dropout]
     for block in visual.transformer.resblocks:
-        scaled = not isinstance(block.ls_1, torch.nn.Identity) or not isinstance(block.ls_2, torch.nn.Identity)
-        known = type(block.mlp.gelu) in (torch.nn.GELU, open_clip.transformer.QuickGELU)
-        if type(block) is not open_clip.transformer.ResidualAttentionBlock or scaled or not known:
+        known = repr(block.mlp.gelu) in ("GELU(approximate='none')", "QuickGELU()")
+        if type(block) is not open_clip.transformer.ResidualAttentionBlock or not known:
             return False
-    return isinstance(visual.patch_dropout, torch.nn.Identity)
-
-
-def block_weights(block, fixed, norm):
-    """What fast_tower() needs of a residual block, in the order in which its layer() takes it."""
-    quick = isinstance(block.mlp.gelu, open_clip.transformer.QuickGELU)  # x sigmoid(ax) = silu(ax) / a
-    scale, activation = (1.702, F.silu) if quick else (1.0, F.gelu)
-    first, last, attention = block.mlp.c_fc, block.mlp.c_proj, block.attn
-    qkv = fixed(attention.in_proj_weight, attention.in_proj_bias)
-    out = fixed(attention.out_proj.weight, attention.out_proj.bias)
-    mlp = fixed(first.weight * scale, first.bias * scale, last.weight / scale, last.bias)
-    return norm(block.ln_1), norm(block.ln_2), *qkv, *out, *mlp, activation
+        identities += block.ls_1, block.ls_2
+    return all(isinstance(module, torch.nn.Identity) for module in identities)
 
 
 def pick_device(name):
@@ -691,10 +690,10 @@ def pick_device(name):
 
 
 def model_files(source):
-    """The files of weights behind local-dir:DIR or a path; none behind another name."""
+    """The files behind local-dir:DIR, weights and configuration, or a path; none behind another name."""
     if source.startswith("local-dir:"):
         files = Path(source.removeprefix("local-dir:")).glob("*")
-        return sorted(file for file in files if file.suffix in (".safetensors", ".bin", ".pt"))
+        return sorted(file for file in files if file.suffix in (".safetensors", ".bin", ".pth", ".json"))
     return [Path(source)] if Path(source).is_file() else []
 
 
@@ -788,23 +787,21 @@ def load_rows(args, split):
     with about(f"--{split}_data {source}: config {CONFIG}, split {name}"):
         table = open_table(source, name, args.cache_dir).select_columns([path_column, text_column])
         table = table.with_format("arrow")[:]  # nothing is decoded that the data set declares its values to be
-        paths, texts = (table[column].to_pylist() for column in (path_column, text_column))
-        row_of = {}
-        for row, path in enumerate(paths):
+        kept = {}  # the first row of each image
+        for row, (path, texts) in enumerate(zip(*(table[name].to_pylist() for name in (path_column, text_column)))):
             file_name = PurePosixPath(path).name if isinstance(path, str) else ""
             match = re.fullmatch(r"(COCO_(?:train|val)2014_)([0-9]{1,12})\.jpe?g", file_name)
             if not match:
                 raise ValueError(f"row {row}: {path_column} {str(path)[:99]!r} is not the path of a COCO 2014 image")
-            if match[1].startswith(wanted):
-                row_of.setdefault(int(match[2]), row)
-        rows = list(row_of.values())
-        texts = [[text] if isinstance(text, str) else text for text in (texts[row] for row in rows)]
-        for row, candidates in zip(rows, texts):
-            if not candidates or not all(isinstance(text, str) and text.strip() for text in candidates):
+            coco_id = int(match[2])
+            if not match[1].startswith(wanted) or coco_id in kept:
+                continue
+            texts = [texts] if isinstance(texts, str) else texts
+            if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError(f"row {row}: {text_column} is empty, or holds something that is no text")
-        texts = [[text.strip() for text in candidates] for candidates in texts]
-        columns = {"path": [paths[row] for row in rows], "coco_id": list(row_of), "texts": texts}
-        return datasets.Dataset.from_dict(columns)
+            kept[coco_id] = {"path": path, "coco_id": coco_id, "texts": [text.strip() for text in texts]}
+        columns = ("path", "coco_id", "texts")
+        return datasets.Dataset.from_dict({key: [row[key] for row in kept.values()] for key in columns})
 
 
 def open_table(source, split, cache_dir):
@@ -964,9 +961,8 @@ def match_files(paths, names):
         named.setdefault(PurePosixPath(name).name, []).append(name)
     for path in paths:
         folders = PurePosixPath(path).parts[::-1]
-        fit = [len(os.path.commonprefix([folders, PurePosixPath(n).parts[::-1]])) for n in named.get(folders[0], [])]
-        if fit:
-            found[path] = named[folders[0]][np.argmax(fit)]
+        if same := named.get(folders[0]):
+            found[path] = max(same, key=lambda n: len(os.path.commonprefix([folders, PurePosixPath(n).parts[::-1]])))
     return found
 
 
@@ -1146,8 +1142,6 @@ def attack_health(pixels, pixels_adv, attacked):
     linf = linf_grey_levels(pixels, pixels_adv)
     return {
         "max_abs_delta_grey_levels": int(linf.max()),
-        "min_pixel": int(pixels_adv.min()),
-        "max_pixel": int(pixels_adv.max()),
         "images_unmoved": int((linf == 0).sum()),
         "images_with_zero_gradients": int((attacked.zero_grads > 0).sum()),
         "images_with_nonfinite_values": int((attacked.nonfinite > 0).sum()),
@@ -1156,8 +1150,7 @@ def attack_health(pixels, pixels_adv, attacked):
 
 def sum_health(parts):
     """The attack_health of several batches as one."""
-    merge = {"max": max, "min": min, "images": sum}
-    return {key: merge[key.partition("_")[0]](part[key] for part in parts) for key in parts[0]}
+    return {key: (max if key.startswith("max") else sum)(part[key] for part in parts) for key in parts[0]}
 
 
 def linf_grey_levels(pixels, pixels_adv):
@@ -1165,15 +1158,27 @@ def linf_grey_levels(pixels, pixels_adv):
     return np.abs(np.asarray(pixels, np.int16) - np.asarray(pixels_adv, np.int16)).max((1, 2, 3))
 
 
-def adversarial_folder(args, split, *words):
+def adversarial_folder(args, split):
     """--adversarial_dir; its default is made first by generate_pgd_adversarial.py, with the same flags."""
     folder = Path(args.adversarial_dir or Path(args.output_dir).parent / f"adversarial_{split}")
     if not (folder / "metrics.json").exists():
         if args.adversarial_dir:
             fail(f"--adversarial_dir {folder} is not a finished folder of generate_pgd_adversarial.py")
         print(f"{folder} is not there yet and is made first:")
-        run_script("generate_pgd_adversarial.py", args, folder.name, "--split", split, *words)
+        words = "--split", split, "--num_images", args.num_images
+        run_script("generate_pgd_adversarial.py", args, folder.name, *words)
     return folder
+
+
+def require_same(folder, args, *flags):
+    """End unless the run in folder was made with these flags' values in args, and with the weights that lie there."""
+    record = load_record(folder / "metrics.json")
+    for flag in flags:
+        was, now = record["args"].get(flag), portable(getattr(args, flag))
+        if was != now:
+            fail(f"{folder} was made with --{flag} {was}, not {now}: give another folder")
+    if stamps(args).items() - record["inputs"].items():
+        fail(f"{folder} was made with other weights, which lay under the same name: make it again with --overwrite")
 
 
 def load_adversarial(folder, examples, args):
@@ -1182,13 +1187,7 @@ def load_adversarial(folder, examples, args):
     Ends with one line if they were made with another attack, or if one is missing, of another caption or size, was
     altered since, or is outside the ball around its clean twin.
     """
-    record = load_record(folder / "metrics.json")
-    made = record["args"]
-    for flag in ("model", "pretrained", "eps", "alpha", "steps"):
-        if made.get(flag) != portable(getattr(args, flag)):
-            fail(f"{folder} was made with --{flag} {made.get(flag)}, not {getattr(args, flag)}: give another folder")
-    if record["inputs"] != stamps(args):
-        fail(f"{folder} was made with other weights, which lay under the same name: make it again with --overwrite")
+    require_same(folder, args, "model", "pretrained", "eps", "alpha", "steps")
     remedy = "make it again with generate_pgd_adversarial.py --overwrite"
     with about(f"{folder / 'metadata.jsonl'}: {remedy}"):
         entries = map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
@@ -1243,7 +1242,7 @@ def pixel_gradient(clip, pixels, captions):
 
 
 def check_gradient(clip, pixels, captions):
-    """Where the bf16 gradient of an image has another direction than fp32's, bf16 ends here, and auto goes on in fp32.
+    """Where the bf16 gradient of a batch has another direction than fp32's, bf16 ends here, and auto goes on in fp32.
 
     An attack along such a gradient is no evidence.
     """
@@ -1251,7 +1250,7 @@ def check_gradient(clip, pixels, captions):
         return
     first = pixel_gradient(clip, pixels, captions)
     clip.bf16 = False
-    agreement = F.cosine_similarity(first, pixel_gradient(clip, pixels, captions)).min().item()
+    agreement = F.cosine_similarity(first.flatten(), pixel_gradient(clip, pixels, captions).flatten(), dim=0).item()
     clip.bf16 = gather(agreement)[0] > 0.95  # rank 0's decides for all
     if not clip.bf16:
         said = f"{clip.arch}: the bf16 gradient has a cosine of {agreement:.3f} with the fp32 one"
@@ -1408,7 +1407,6 @@ class Trainer:
             "quick_gelu": has_quick_gelu(clip.model),
             "state_dict": {key: value.cpu() for key, value in clip.model.state_dict().items()},
             "train_ids": sorted({*self.training["coco_id"], *clip.train_ids}),  # of the weights it started from, too
-            "val_ids": self.validation["coco_id"][:],
             "args": {key: value for key, value in self.run.record["args"].items() if key not in NOT_IN_RESULT},
         }
         for name in [] if RANK else ["last.pt", "best.pt"] if best else ["last.pt"]:

@@ -40,7 +40,9 @@ def stage(chosen):
 
 
 def main(args):
-    folder = None if args.online_steps else common.adversarial_folder(args, "train", "--num_images", args.num_images)
+    if args.online_steps and args.adversarial_dir:
+        common.fail("--adversarial_dir is of offline training: leave it or --online_steps out")
+    folder = None if args.online_steps else common.adversarial_folder(args, "train")
     run = common.Run(args, [folder] if folder else [])
     if run.finished:
         return

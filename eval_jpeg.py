@@ -92,7 +92,7 @@ def quantisation_tables(quality):
 
 
 def main(args):
-    folder = common.adversarial_folder(args, "eval", "--num_images", args.num_images)
+    folder = common.adversarial_folder(args, "eval")
     run = common.Run(args, [folder])
     if run.finished:
         return

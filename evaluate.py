@@ -19,6 +19,7 @@ Files written to --output_dir (default runs/<preset>/evaluation); the stages' fo
 """
 
 import argparse
+import itertools
 import math
 import re
 import textwrap
@@ -48,9 +49,10 @@ REPORT = {  # Adversarial Robustness Evaluation for CLIP Models, on CLIP ViT-L/1
     "JPEG 50": (0.2513, 0.2147),
     "JPEG 30": (0.2513, 0.2329),
 }
-TRAINED = {"MAT": "mat", "caption-aware": "pgd", "caption-aware, online": "online"}  # row -> stage folder
+TRAINED = {"MAT": "mat", "caption-aware": "pgd", "FARE, online": "online"}  # row -> stage folder
 RANDOM_QUALITIES = 30, 75  # of JPEG random, both included
 SANITY_IMAGES = 24
+SETTLED = 0.02  # by so much may a longer search still lower the mean cosine
 DRAWS = 10_000  # of the bootstrap
 EPS_CURVE = [0, 1, 2, 4, 8, 16, 32, 64]  # grey levels
 
@@ -100,9 +102,9 @@ def reproduce(args):
     flags = f"{common.SHARED} overwrite"
     rates = {name: [] if args.preset == "report" else ["--lr", rate] for name, rate in TINY_RATES.items()}
     train, pgd = "defend_clip_mat_v2.py", "defend_clip_pgd_v2.py"
-    common.run_script("generate_pgd_adversarial.py", args, "adversarial_train", "--split", "train", flags=flags)
-    evaluated = ["--split", "eval", "--num_images", args.num_images]
-    common.run_script("generate_pgd_adversarial.py", args, "adversarial_eval", *evaluated, flags=flags)
+    attack, evaluated = "generate_pgd_adversarial.py", ["--split", "eval", "--num_images", args.num_images]
+    common.run_script(attack, args, "adversarial_train", "--split", "train", flags=f"{flags} batch_size")
+    common.run_script(attack, args, "adversarial_eval", *evaluated, flags=f"{flags} batch_size")
     common.run_script(train, args, "mat", *rates["mat"], flags=flags)
     common.run_script(pgd, args, "pgd", "--loss_threshold", 0.1, *rates["pgd"], flags=flags)
     common.run_script(pgd, args, "online", "--online_steps", 2, *rates["online"], flags=flags)
@@ -159,6 +161,8 @@ def build_rows(args, clip, folder, stages, examples):
             fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
         taken.add(name)
     short = {}  # --defence takes the name of a stage's folder, too
+    for stage in stages.values():
+        common.require_same(stage, args, "model", "pretrained", "eps")
     for name, source in [*((name, str(stage / "best.pt")) for name, stage in stages.items()), *args.checkpoint]:
         seconds = common.load_record(stages[name] / "metrics.json")["training_seconds"] if name in stages else None
         rows[name] = replace(in_geometry(rows["original"], load_clip(args, source), args), name=name, seconds=seconds)
@@ -272,22 +276,22 @@ def attack_both(attack, row, candidates, start, seed, run=None):
 
 
 def measure(row, candidates, attack, starts, seed, run=None):
-    """One row under every condition: {condition: {measure: (N,)}}, the images of lowest cosine, health."""
+    """One row under every condition: {condition: {measure: (N,)}}, the images of lowest cosine, health.
+
+    The transferred images count as white-box, too, in the ball that those of another geometry may have left.
+    """
     clean, transfer = (score(row, pixels, candidates, seed) for pixels in (row.pixels, row.transfer))
     print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
-    worst, healths = dict(transfer), []
-    lowest, narrowest = torch.tensor(row.transfer), torch.tensor(row.transfer)
+    sets, healths = [common.to_pixels(as_images(row.transfer, torch.device("cpu")), row.pixels, attack.eps)], []
     for which in range(starts):
         begin, noise_seed = (row.transfer, None) if which == 0 else (None, seed + 7919 * which)
         found, health = attack_both(replace(attack, seed=noise_seed), row, candidates, begin, seed, run)
-        healths += health
-        for pixels_adv in found:
-            scored = score(row, pixels_adv, candidates, seed)
-            for kept, key in ((lowest, "similarity"), (narrowest, "margin")):
-                better = torch.from_numpy(scored[key] < worst[key])
-                kept[better] = pixels_adv[better]
-            for key, keep in (("similarity", np.minimum), ("margin", np.minimum), ("rank_i2t", np.maximum)):
-                worst[key] = keep(worst[key], scored[key])
+        sets, healths = sets + found, healths + health
+    scored = [score(row, pixels, candidates, seed) for pixels in sets]
+    every = {key: np.stack([values[key] for values in scored]) for key in transfer}  # (sets, N)
+    worst = {key: values.max(0) if key == "rank_i2t" else values.min(0) for key, values in every.items()}
+    each = torch.arange(len(row.pixels))
+    lowest, narrowest = (torch.stack(sets)[every[key].argmin(0), each] for key in ("similarity", "margin"))
     both = [score(row, pixels, candidates, seed)["rank_t2i"] for pixels in (lowest, narrowest)]
     worst["rank_t2i"] = min(both, key=lambda ranks: (ranks == 0).sum())  # the set that retrieves worse
     return {"clean": clean, "transfer": transfer, "white_box": worst}, lowest, common.sum_health(healths)
@@ -341,16 +345,15 @@ def summarise(conditions, seed):
 
 def compare_rows(per_row, seed):
     """Paired differences of white-box similarity and R@1 between every two rows, with 95 % bootstrap intervals."""
-    pairs, names = [], list(per_row)
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            one, other = per_row[a]["white_box"], per_row[b]["white_box"]
-            similarity = one["similarity"] - other["similarity"]
-            recall = (one["rank_i2t"] < 1).astype(float) - (other["rank_i2t"] < 1)
-            low, high = interval(similarity, seed)
-            pairs.append({"rows": [a, b], "similarity": float(similarity.mean()), "similarity_interval": [low, high]})
-            pairs[-1] |= {"recall_i2t@1": float(recall.mean()), "recall_i2t@1_interval": interval(recall, seed)}
-            pairs[-1]["separated"] = not low <= 0 <= high
+    pairs = []
+    for rows in itertools.combinations(per_row, 2):
+        one, other = (per_row[name]["white_box"] for name in rows)
+        similarity = one["similarity"] - other["similarity"]
+        recall = (one["rank_i2t"] < 1).astype(float) - (other["rank_i2t"] < 1)
+        low, high = interval(similarity, seed)
+        pairs.append({"rows": [*rows], "similarity": float(similarity.mean()), "similarity_interval": [low, high]})
+        pairs[-1] |= {"recall_i2t@1": float(recall.mean()), "recall_i2t@1_interval": interval(recall, seed)}
+        pairs[-1]["separated"] = not low <= 0 <= high
     return pairs
 
 
@@ -371,11 +374,20 @@ def sanity(row, candidates, attack, seed, run=None):
     base = similarity(pixels_adv)
     figure, (low, high) = float(base.mean()), interval(base, seed)
     text = f"{figure:.3f} [{low:.3f}, {high:.3f}]"
-    checks = [converged(row, candidates, attack, seed, run)]
+
+    _, first = under_both(attack, row, candidates, seed, run)
+    further, still = under_both(replace(attack, steps=5 * attack.steps), row, candidates, seed, run)
+    # where no own caption is first any more, the cosine's further fall is printed alone: it cannot fall where it counts
+    allowed = SETTLED if first.any() else math.inf
+    holds = figure - further.mean() <= allowed and first.sum() - still.sum() <= 1
+    fall = f"{attack.steps} steps {figure:.3f}, five times as many {further.mean():.3f}"
+    fall += f"; R@1 {first.mean():.2f}, {still.mean():.2f}"
+    checks = [(f"five times the steps lower it by at most {SETTLED} and one image", bool(holds), fall)]
 
     starts = [base, *(similarity(attacked(None, seed=seed + 7919 * which)[0]) for which in (1, 2))]
     worst = float(np.minimum.reduce(starts).mean())
-    checks.append(("more starts move it less than its interval", low <= worst <= high, f"{text}, of 3 {worst:.3f}"))
+    settled = bool(figure - worst <= allowed)
+    checks.append((f"three starts lower it by at most {SETTLED}", settled, f"{figure:.3f}, of three {worst:.3f}"))
 
     curve = eps_curve(row, candidates, attack, seed, run)
     falls = all(b[1] <= a[1] + 0.02 for a, b in zip(curve, curve[1:]))
@@ -395,10 +407,10 @@ def sanity(row, candidates, attack, seed, run=None):
     counts = f"{dead} images with a zero gradient, {broken} with a value not finite, of {len(row.pixels)}"
     checks.append(("gradients are there and finite", dead == broken == 0, counts))
 
-    again = float(similarity(pixels_adv, seed + 1).mean())
-    apart = float(np.abs(base - similarity(pixels_adv, seed + 1)).max())
-    same = low <= again <= high if "random" in row.qualities else apart < 1e-3
-    checks.append(("another look gives the same", same, f"{text}, again {again:.3f}, an image by at most {apart:.1e}"))
+    again = similarity(pixels_adv, seed + 1)
+    apart, mean = float(np.abs(base - again).max()), float(again.mean())
+    same = low <= mean <= high if "random" in row.qualities else apart < 1e-3
+    checks.append(("another look gives the same", same, f"{text}, again {mean:.3f}, an image by at most {apart:.1e}"))
 
     if row.clip.bf16:
         row.clip.bf16 = False
@@ -413,20 +425,6 @@ def under_both(attack, row, candidates, seed, run):
     found, _ = attack_both(attack, row, candidates, row.transfer, seed, run)
     scored = [score(row, pixels, candidates, seed) for pixels in found]
     return scored[0]["similarity"], np.maximum.reduce([values["rank_i2t"] for values in scored]) < 1
-
-
-def converged(row, candidates, attack, seed, run):
-    """The check that five times the steps move neither cosine nor R@1 out of their intervals.
-
-    Of a row whose R@1 is 0 already, the further fall of the cosine is printed and not marked.
-    """
-    base, first = under_both(attack, row, candidates, seed, run)
-    further, still = under_both(replace(attack, steps=5 * attack.steps), row, candidates, seed, run)
-    (low, high), (least, most) = interval(base, seed), interval(first, seed)
-    holds = (not first.any() or low <= further.mean() <= high) and least <= still.mean() <= most
-    text = f"{attack.steps} steps {base.mean():.3f} [{low:.3f}, {high:.3f}], five times as many {further.mean():.3f}; "
-    text += f"R@1 {first.mean():.2f} [{least:.2f}, {most:.2f}], {still.mean():.2f}"
-    return "five times the steps move it less than its interval", bool(holds), text
 
 
 def eps_curve(row, candidates, attack, seed, run):
@@ -450,17 +448,18 @@ def percent(share):
 def setting(record):
     args = record["args"]
     eps, alpha = (f"{args[key] * 255:.4g}/255" for key in ("eps", "alpha"))
-    model = f"{args['model']} {args['pretrained']}".strip().replace(f"{common.ROOT}/", "")
+    model = f"{args['model']} {args['pretrained']}".strip()
     kinds = f"transfer: PGD, {args['steps']} steps of {alpha}; white-box: momentum PGD, {args['attack_steps']} steps"
     return f"{model}, n = {record['n']}, eps {eps}\n{kinds}"
 
 
-def marked(record, name):
-    """The row's name, with a mark if it failed a check, or if its attack lacked a gradient somewhere."""
+def marked(record, name, width=None):
+    """The row's name, cut to a width, with a mark if it failed a check or its attack lacked a gradient somewhere."""
     health = record["health"][name]
     failed = health["images_with_zero_gradients"] + health["images_with_nonfinite_values"] > 0
     failed |= any(not holds for _, holds, _ in record["sanity"].get(name, {}).get("checks", []))
-    return name + " (!)" * failed + " (?)" * (name in doubtful(record))
+    mark = " (!)" * failed + " (?)" * (name in doubtful(record))
+    return name[: width and width - len(mark)] + mark
 
 
 def doubtful(record):
@@ -487,7 +486,8 @@ def report_gain(name):
 
 def not_separated(record, shown=str):
     pairs = [" ~ ".join(map(shown, pair["rows"])) for pair in record["paired"] if not pair["separated"]]
-    return "not separated in white-box similarity (95 % paired): " + ("; ".join(pairs) or "none, every pair differs")
+    what = "not separated in white-box similarity after these steps (95 % paired, over the images): "
+    return what + ("; ".join(pairs) or "none, every pair differs")
 
 
 def console_table(record):
@@ -499,7 +499,7 @@ def console_table(record):
         f"{'':21}{'clean':>7}{'transfer':>9}{'w-box':>7}{'transf.':>8}{'w-box':>8}{'clean':>6}{'w-box':>6}{'time':>8}",
     ]
     for name, row in record["rows"].items():
-        cells = [f"{marked(record, name)[:21]:21}{row['clean_similarity']:7.3f}{row['transfer_similarity']:9.3f}"]
+        cells = [f"{marked(record, name, 21):21}{row['clean_similarity']:7.3f}{row['transfer_similarity']:9.3f}"]
         cells.append(f"{row['white_box_similarity']:7.3f}")
         cells += [f"{percent(row.get(f'improvement_{kind}')):>8}" for kind in ("transfer", "white_box")]
         cells += [f"{row[f'{kind}_recall_i2t@1']:6.2f}" for kind in ("clean", "white_box")]
@@ -517,7 +517,8 @@ worst for each image of the transferred one and of momentum PGD on the defence i
 the own caption still comes first, under the margin loss; for JPEG through a differentiable codec. improvement: the
 share of the original model's drop that the defence takes away. R@1, R@5: image to text / text to image. success: own
 caption no longer first. training: wall time, offline images included. A model of another input size is attacked in its
-own pixels; the transferred images reach it as files do, through its own preprocessing.
+own pixels; the transferred images reach it as files do, through its own preprocessing. R@5 and text to image are
+scored on the same images, not attacked for themselves. Where R@1 is 0, the cosine still falls with further steps.
 """
 
 
@@ -671,7 +672,7 @@ def save_tables(run, shown, examples, pixels_adv, clip):
 def main(args):
     if args.reproduce:
         reproduce(args)
-    folder = common.adversarial_folder(args, "eval", "--num_images", args.num_images)
+    folder = common.adversarial_folder(args, "eval")
     stages = {name: Path(args.output_dir).parent / stage for name, stage in TRAINED.items()}
     stages = {name: stage for name, stage in stages.items() if (stage / "metrics.json").exists()}
     run = common.Run(args, [folder, *stages.values(), *(f for _, s in args.checkpoint for f in common.model_files(s))])

@@ -57,19 +57,15 @@ def main(args):
             stale.unlink()  # of a run with more images
     common.gather()
 
-    attack, encode_image = common.Attack(args.eps, args.alpha, args.steps, args.seed), clip.frozen()
-
-    def loss_at(here):
-        return common.own_caption(encode_image, clip.encode_text(captions[here]))(slice(None))
-
+    attack, text_features = common.Attack(args.eps, args.alpha, args.steps, args.seed), clip.encode_text(captions)
+    loss_at = common.own_caption(clip.frozen(), text_features)
     entries, healths = [], []
     with ThreadPoolExecutor(args.num_workers) as pool:
         for here, pixels_adv, health in common.attack_images(attack, loss_at, pixels, clip, run=run):
             paths = [run.dir / file for file in files[here]]
             saved, checksums = zip(*pool.map(write_png, paths, pixels_adv.numpy()))
             both = pixels[here], np.stack(saved)
-            text_features = clip.encode_text(captions[here])
-            cosines = [(clip.encode_pixels(x) * text_features).sum(-1).tolist() for x in both]
+            cosines = [(clip.encode_pixels(x) * text_features[here]).sum(-1).tolist() for x in both]
             linf = common.linf_grey_levels(*both).tolist()
             keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf", "sha256"
             columns = files[here], captions[here], ids[here], *cosines, linf, checksums

@@ -73,7 +73,7 @@ def main(args):
     trained = {
         name: stages / stage for name, stage in evaluate.TRAINED.items() if (stages / stage / "best.pt").exists()
     }
-    folder, weaker, lines = common.adversarial_folder(args, "eval", "--num_images", args.num_images), 0, 0
+    folder, weaker, lines = common.adversarial_folder(args, "eval"), 0, 0
     print(f"n = {len(examples)}, ours {args.attack_steps} steps, torchattacks' APGD {THEIR_STEPS}")
     print(f"{'':32}{'ours':>8} {'95 % interval':18}{'torchattacks':>12}")
     for row in evaluate.build_rows(args, clip, folder, trained, examples):
