@@ -168,7 +168,6 @@ def test_a_bf16_gradient_of_another_direction_ends_bf16_and_auto_goes_on_in_fp32
     assert not clip.bf16 and "going on in fp32" in capsys.readouterr().out
     clip = SimpleNamespace(arch="tiny", bf16=True, precision="bf16")
     assert "cosine of 0.333" in refusal(capsys, common.check_gradient, clip, None, None)
-    other = one
-    clip.bf16 = True
+    other, clip.bf16 = one, True
     common.check_gradient(clip, None, None)
     assert clip.bf16

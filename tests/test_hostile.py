@@ -549,7 +549,14 @@ def flip(file):
     file.write_bytes(data)
 
 
-TIMED = json.dumps(RECORD | {"training_seconds": 1}).encode()
+@builder
+def trained(place, weights=None, **args):
+    """A training of the same model beside evaluate.py's folder, with other args or none, and its weights."""
+    record = json.loads((place.shared / MADE).read_text())
+    record |= {"training_seconds": 1, "args": record["args"] | args}
+    there({TRAINED: json.dumps(record).encode()} | ({WEIGHTS: weights} if weights else {}))(place)
+
+
 RECORDS = [b'{"args": {', b"\xff\xfe{}", b"{}", b"[]", b"[" * 100_000]
 KEPT = ["--save_every", "0", "--max_steps", "2", "--epochs", "2"]
 
@@ -582,8 +589,10 @@ CASES += [
     copes("part with code", left("out/.partial/*.pt", partial(code_in, up=3)), same_figures),
     copes("state of a training cut", left("out/.partial/*.pt", halve, MAT, KEPT), script=MAT),
     copes("cache of images cut", left("cache/*.arrow", halve), same_figures),
-    evaluate_refuses("training without weights", there({TRAINED: TIMED}), WEIGHTS),
-    evaluate_refuses("training with code", there({TRAINED: TIMED, WEIGHTS: partial(code_in, up=2)}), WEIGHTS, "code"),
+    evaluate_refuses("training without weights", trained(), WEIGHTS),
+    evaluate_refuses("training with code", trained(partial(code_in, up=2)), WEIGHTS, "code"),
+    evaluate_refuses("training of another eps", trained(weights(), eps=0.1), "--eps 0.1"),
+    refuses("online and offline", flag("--online_steps", 1), "--adversarial_dir", script=PGD),
 ]
 
 TOKENIZER = cache(open_clip.get_tokenizer)  # a quarter of a second each time
