@@ -53,8 +53,7 @@ def process(cwd, env, *commands):
     """Run scripts, one after the other, in a process of their own with further environment: what it printed."""
     code = f"import runpy, sys\nfor sys.argv in {[[str(word) for word in words] for words in commands]}:\n"
     code += f"    runpy.run_path({str(ROOT)!r} + '/' + sys.argv[0], run_name='__main__')\n"
-    done = [sys.executable, "-c", code]
-    done = subprocess.run(done, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

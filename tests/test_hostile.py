@@ -143,8 +143,8 @@ def refuses(name, build, *said, script=GENERATE, **options):
     return Case(script, name, build, said, **options)
 
 
-def finished(place):
-    assert json.loads((place.out / "metrics.json").read_text(), parse_constant=pytest.fail)["n"] == 4
+def finished(place, count=4):
+    assert json.loads((place.out / "metrics.json").read_text(), parse_constant=pytest.fail)["n"] == count
 
 
 def copes(name, build, check=finished, script=GENERATE):
@@ -485,8 +485,10 @@ STRANGE = {
 }
 CASES += [copes(f"caption {name}", texts(text), partial(one_line_each, text)) for name, text in STRANGE.items()]
 CASES += [refuses(f"caption {text!r}", texts(text), *TEXT) for text in ("", None, " \t\n\u2003\u00a0")]
+CUT = first_member(lambda name, data: [(name, data[: len(data) // 2])])
 CASES += [
-    refuses("image cut in its data", first_member(lambda k, data: [(k, data[: len(data) // 2])]), *BROKEN, "truncated"),
+    refuses("image cut in its data", CUT, *BROKEN, "truncated"),
+    copes("broken image left out", lambda place: CUT(place) or ["--skip_bad_images"], partial(finished, count=3)),
     refuses("image claims 65535 x 65535", image(LARGE), *BROKEN, "65535 x 65535"),
     refuses("image 16 bit", image(encoded(Image.new("I;16", (96, 80)))), *BROKEN, "8 bits"),
     refuses("image 10000 x 2", image(picture(size=(10_000, 2))), *BROKEN, "10000 x 2"),
