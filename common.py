@@ -39,7 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -453,6 +453,13 @@ def stamp(path):
     """What changes when a run's folder is made anew, or a file gets another content."""
     if os.path.isdir(path):
         return load_record(Path(path) / "metrics.json")["started"]
+    status = os.stat(path)
+    return checksum(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def checksum(path, size, time_ns):
+    """sha256 of a file's content, read once while its size and time stay: a run asks for that of its weights often."""
     content = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
