@@ -39,7 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -50,13 +50,11 @@ import numpy as np
 import open_clip
 import torch
 import torchvision
-from fsspec.implementations.zip import ZipFileSystem
 from open_clip.transform import PreprocessCfg, image_transform_v2, to_2tuple
 from PIL import Image
 from torch import distributed
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torchvision.transforms import Compose
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -85,11 +83,6 @@ def preset(name):
     return {flag: values.get(name, values["tiny"]) for flag, values in PRESETS.items()}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message}; --help lists the flags")
-
-
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The script's docstring as it stands, and the default behind every flag."""
 
@@ -111,7 +104,7 @@ def number(low, high=math.inf, kind=int):
 
     def convert(text):
         value = kind(text)
-        if not low <= value <= high or not math.isfinite(value):
+        if not low <= value <= high:  # nor is NaN
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
@@ -121,7 +114,8 @@ def number(low, high=math.inf, kind=int):
 
 def make_parser(doc, batch_size=64):
     """A parser with the flags that every script has; --preset gives the defaults that are not given here."""
-    parser = Parser(description=doc, formatter_class=Formatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; --help lists the flags")
     flag = parser.add_argument_group("run").add_argument
     flag("--preset", choices=["report", "tiny", "smoke"], default="report", help="sets defaults of the flags below")
     flag("--output_dir", help="folder for everything written")
@@ -169,19 +163,14 @@ def parse_flags(parser, argv, stage, images):
     images   (chosen flags) -> 'train' or 'eval': which of the preset's image counts is --num_images' default
     """
     words = sys.argv[1:] if argv is None else argv
-    for word in words:
-        if word.encode(errors="replace").decode() != word:  # no record could hold it, and no terminal show it
-            parser.error(f"{word!r} is not text in UTF-8")
-    chooser = Parser(add_help=False, allow_abbrev=False)
-    for name, default in {"preset": "report", "model": "", "split": "train", "online_steps": "0"}.items():
-        chooser.add_argument(f"--{name}", default=default)
-    chosen = chooser.parse_known_args(words)[0]
+    with about("the command line is not text in UTF-8"):  # no record could hold it, and no terminal show it
+        " ".join(words).encode()
+    chosen = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
     defaults = preset(chosen.preset) | {"output_dir": f"runs/{chosen.preset}/{stage(chosen)}"}
-    defaults["num_images"] = defaults.get(f"{images(chosen)}_images")
-    if chosen.model.startswith(("local-dir:", "hf-hub:")):
+    defaults["num_images"] = defaults[f"{images(chosen)}_images"]
+    if (chosen.model or "").startswith(("local-dir:", "hf-hub:")):
         defaults["pretrained"] = ""  # such a model brings its weights
-    known = vars(parser.parse_args([]))
-    parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
+    parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(chosen, name)})
     args = parser.parse_args(words)
     if not args.output_dir:
         parser.error("--output_dir is empty")
@@ -195,14 +184,11 @@ SHARED += " eps alpha steps seed"
 def run_script(script, args, stage, *words, flags=SHARED):
     """Run another script with the flags that args has from the user, as the command that a user would type."""
     default = parse_flags(make_parser(""), ["--preset", args.preset], lambda _: stage, lambda _: "train")
+    given = vars(args) | {"output_dir": str(Path(args.output_dir).parent / stage)}
     words = [script, *(["--preset", args.preset] if args.preset != "report" else []), *map(str, words)]
-    for name in flags.split():
-        value = getattr(args, name)
-        if value != getattr(default, name):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    folder = Path(args.output_dir).parent / stage
-    if folder != Path(default.output_dir):
-        words += ["--output_dir", str(folder)]
+    for name in [*flags.split(), "output_dir"]:
+        if given[name] != getattr(default, name):
+            words += [f"--{name}"] if given[name] is True else [f"--{name}", str(given[name])]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     argv, sys.argv = sys.argv, words
     try:
@@ -217,21 +203,15 @@ def run_script(script, args, stage, *words, flags=SHARED):
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def fail(message):
-    """End with one line that says what is wrong, where, and what to do; exit code 2."""
+def fail(message, what="error", code=2):
+    """End with one line on stderr that says what is wrong, where, and what to do."""
     if RANK:
         time.sleep(10)  # what rank 0 finds, too, it says: torchrun ends this process meanwhile
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
-    last_line(f"{Path(sys.argv[0]).name}: error: {line}")
-    raise SystemExit(2)
-
-
-def last_line(text):
-    """Say on stderr why the script ends, on a line of its own."""
     for bar in list(getattr(tqdm, "_instances", ())):
-        bar.clear()
         bar.close()
-    print(text, file=sys.stderr, flush=True)
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
+    print(f"{Path(sys.argv[0]).name}: {what}: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
 
 
 @contextmanager
@@ -267,14 +247,12 @@ def process_group():
     try:
         yield
     except BaseException as error:
-        code = error.code if isinstance(error, SystemExit) else 1
-        if not isinstance(error, SystemExit):
+        said = isinstance(error, SystemExit)  # and why, by fail() or run_main()
+        if not said:
             time.sleep(10)  # if it comes of another's end: torchrun ends this process meanwhile
             traceback.print_exc()
-        if code:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # without leave of the others: NCCL's would wait for them
+        sys.stdout.flush()
+        os._exit(error.code if said else 1)  # without leave of the others: NCCL's would wait for them
     distributed.destroy_process_group()
 
 
@@ -284,12 +262,11 @@ def run_main(main, args):
     try:
         main(args)
     except KeyboardInterrupt:
-        if not RANK:
-            last_line("stopped: the same command goes on from what is saved")
-        raise SystemExit(130)
+        if RANK:
+            raise SystemExit(130)  # without a word, and at once
+        fail("the same command goes on from what is saved", "stopped", 130)
     except torch.OutOfMemoryError:
-        fail(f"the GPU's memory is too small for --batch_size {args.batch_size}: give a smaller one; trainings have "
-             "--grad_checkpointing, too")  # fmt: skip
+        fail(f"--batch_size {args.batch_size} is too large for the GPU's memory; trainings have --grad_checkpointing")
     except OSError as error:
         fail(f"{describe(error)}: once it is mended, the same command goes on from what is saved")
 
@@ -335,11 +312,12 @@ class Run:
             "started": datetime.now(timezone.utc).isoformat(),
             "seconds": 0.0,
         }
-        self.hold_folder()
-        self.finished = None if args.overwrite else self.earlier(self.done, args.overwrite)
+        if not RANK:
+            self.hold_folder()
+        self.finished = None if args.overwrite else self.earlier(self.done)
         if self.finished:
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
-        begun = None if self.done.exists() else self.earlier(self.partial / "run.json", args.overwrite)
+        begun = None if self.done.exists() else self.earlier(self.partial / "run.json")
         gather()  # all have read what rank 0 may remove now
         if begun:
             self.record |= {"started": begun["started"], "seconds": begun["seconds"]}
@@ -358,8 +336,6 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.dir, os.O_RDONLY)
             self.release = weakref.finalize(self, os.close, folder)
-            if RANK:
-                return
             save(self.dir / ".write_test", "")
             (self.dir / ".write_test").unlink()
         try:
@@ -369,7 +345,7 @@ class Run:
         except OSError:
             pass  # a file system without locks
 
-    def earlier(self, file, overwrite):
+    def earlier(self, file):
         """The record of this run that an earlier process wrote, or None; another run's ends the script."""
         if not file.exists():
             return None
@@ -382,20 +358,17 @@ class Run:
         was, now = result_of(old), result_of(self.record)
         keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
         changed = ", ".join(f"{key} {was.get(key)} -> {now.get(key)}" for key in keys)
-        if changed and not overwrite:
+        if changed and not self.record["args"]["overwrite"]:
             fail(f"{self.dir} holds a run with other flags or inputs ({changed}): --overwrite replaces it")
         return None if changed else old
 
-    def require_disk(self, need):
-        """End unless the folder's disk has that many bytes for it; what a killed run left there counts as had."""
-        need -= sum(file.stat().st_size for file in self.dir.rglob("*") if file.is_file())
-        free = shutil.disk_usage(self.dir).free
-        if free < need:
-            fail(f"{self.dir} needs about {need / 1e9:.2f} GB and has {free / 1e9:.2f} GB free: make room first")
-
-    def begin(self):
-        """To be called before the first file is written: from here to finish() the folder is not complete."""
+    def begin(self, need):
+        """Before the first file is written, of so many bytes in all; from here to finish() the folder is incomplete."""
         if not RANK:
+            need -= sum(file.stat().st_size for file in self.dir.rglob("*") if file.is_file())  # of a killed run
+            free = shutil.disk_usage(self.dir).free
+            if free < need:
+                fail(f"{self.dir} needs about {need / 1e9:.2f} GB and has {free / 1e9:.2f} GB free: make room first")
             self.done.unlink(missing_ok=True)
         gather()
 
@@ -409,12 +382,10 @@ class Run:
     def kept(self, key):
         """What a killed process of this run kept under key; None if there is nothing, or it is damaged."""
         file = self.partial / f"{digest(key)}.pt"
-        try:
-            with zipfile.ZipFile(file) as archive:
-                sound = archive.testzip() is None  # torch does not look at the checksums
-            return torch.load(file, map_location="cpu", weights_only=True) if sound else None
-        except Exception:  # there is none, or a damaged one, which raises anything
-            return None
+        with suppress(Exception), zipfile.ZipFile(file) as archive:  # there is none, or a damaged one raises anything
+            if archive.testzip() is None:  # torch does not look at the checksums
+                return torch.load(file, map_location="cpu", weights_only=True)
+        return None
 
     def seconds(self):
         """Wall time of this run, without the pauses of a killed one."""
@@ -444,22 +415,17 @@ def portable(value):
 
 
 def stamps(args, inputs=()):
-    """{path: stamp} of what a run reads: the files of its weights, and further inputs."""
+    """{path: what changes with it}: the files of a run's weights and its inputs, files or folders of other runs."""
     paths = [*inputs, *model_files(args.model), *model_files(args.pretrained)]
-    return {portable(str(path)): stamp(path) for path in paths}
-
-
-def stamp(path):
-    """What changes when a run's folder is made anew, or a file gets another content."""
-    if os.path.isdir(path):
-        return load_record(Path(path) / "metrics.json")["started"]
-    status = os.stat(path)
-    return checksum(path, status.st_size, status.st_mtime_ns)
+    return {
+        portable(str(path)): load_record(path / "metrics.json")["started"] if path.is_dir() else checksum(path)
+        for path in paths
+    }
 
 
 @lru_cache
-def checksum(path, size, time_ns):
-    """sha256 of a file's content, read once while its size and time stay: a run asks for that of its weights often."""
+def checksum(path):
+    """sha256 of a file, read once: a run asks for that of its weights often."""
     content = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -540,10 +506,6 @@ class Clip(torch.nn.Module):
         with about(f"the tokenizer of {arch} cannot be had; those of Hugging Face need pip install transformers"):
             self.tokenizer = open_clip.get_tokenizer(arch)
 
-    @property
-    def logit_scale(self):
-        return self.model.logit_scale.detach().exp()
-
     def encode_image(self, images):
         """(B, 3, H, W) float32 in [0, 1] -> (B, D) float32, unit norm; differentiable in images and weights.
 
@@ -568,17 +530,13 @@ class Clip(torch.nn.Module):
 
     @torch.no_grad()
     def encode_pixels(self, pixels, encode_image=None):
-        """Features of uint8 images (N, 3, H, W), a batch at a time: (N, D).
-
-        encode_image   of a whole defence, in place of the model's own
-        """
+        """Features of uint8 images (N, 3, H, W), a batch at a time: (N, D); encode_image: of a whole defence."""
         encode_image, features = encode_image or self.encode_image, []
         for start in progress(range(0, len(pixels), self.batch_size), "encode"):
             features.append(encode_image(as_images(pixels[start : start + self.batch_size], self.device)))
         features = torch.cat(features)
         if bad := (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
-            fail(f"{self.arch}: features of images {bad[:8]} are not finite, and their similarity means nothing: the "
-                 "weights are damaged")  # fmt: skip
+            fail(f"{self.arch}: features of images {bad[:8]} are not finite: the weights are damaged")
         return features
 
     @torch.no_grad()
@@ -612,9 +570,6 @@ def fast_tower(visual, mean, std, dtype, held):
     def exact(*tensors):
         return [tensor.detach() if held else tensor for tensor in tensors]
 
-    def fixed(*tensors):
-        return [tensor.to(dtype) for tensor in exact(*tensors)]
-
     def norm(layer):
         weights = exact(layer.weight, layer.bias) if isinstance(layer, torch.nn.LayerNorm) else None
         return lambda x: F.layer_norm(x, (width,), *weights, layer.eps) if weights else x
@@ -630,7 +585,7 @@ def fast_tower(visual, mean, std, dtype, held):
         first, last, attention = block.mlp.c_fc, block.mlp.c_proj, block.attn
         inner = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias
         mlp = first.weight * scale, first.bias * scale, last.weight / scale, last.bias
-        return norm(block.ln_1), norm(block.ln_2), *fixed(*inner, *mlp)
+        return norm(block.ln_1), norm(block.ln_2), *(tensor.to(dtype) for tensor in exact(*inner, *mlp))
 
     layers = [weights_of(block) for block in blocks]
 
@@ -653,12 +608,10 @@ def fast_tower(visual, mean, std, dtype, held):
         x = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, P, P)
         x = F.linear(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), *embed)  # (B, hw, W)
         x = before(torch.cat([token.expand(len(x), 1, -1), x], 1) + position)
+        again = visual.transformer.grad_checkpointing and torch.is_grad_enabled()
+        run = partial(checkpoint, layer, use_reentrant=False) if again else layer
         for i, weights in enumerate(layers):
-            last = i == len(layers) - 1
-            if visual.transformer.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *weights, last, use_reentrant=False)
-            else:
-                x = layer(x, *weights, last)
+            x = run(x, *weights, i == len(layers) - 1)
         return after(x[:, 0]) @ projection
 
     return encode
@@ -670,13 +623,11 @@ def is_plain(visual):
         return False  # attention of a single query was wrong on mps (torch issues 163597, 181133)
     if visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool or visual.output_tokens:
         return False
-    identities = [visual.patch_dropout]
-    for block in visual.transformer.resblocks:
-        known = repr(block.mlp.gelu) in ("GELU(approximate='none')", "QuickGELU()")
-        if type(block) is not open_clip.transformer.ResidualAttentionBlock or not known:
-            return False
-        identities += block.ls_1, block.ls_2
-    return all(isinstance(module, torch.nn.Identity) for module in identities)
+    block = visual.transformer.resblocks[0]  # all are alike
+    known = repr(block.mlp.gelu) in ("GELU(approximate='none')", "QuickGELU()")
+    if type(block) is not open_clip.transformer.ResidualAttentionBlock or not known:
+        return False
+    return all(isinstance(module, torch.nn.Identity) for module in (visual.patch_dropout, block.ls_1, block.ls_2))
 
 
 def pick_device(name):
@@ -724,8 +675,7 @@ def load_clip(args, source=None):
         if tag and quick != open_clip.get_model_config(name).get("quick_gelu", False):  # of which open_clip only warns
             other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
             raise ValueError(f"they disagree on QuickGELU, and features would be wrong: use --model {other}")
-        known = pretrained if own and pretrained else None
-        model = open_clip.create_model(name, pretrained=known, load_weights=own, require_pretrained=own)
+        model = open_clip.create_model(name, pretrained if own else None, load_weights=own, require_pretrained=own)
     train_ids = load_checkpoint(model, name, Path(pretrained)) if is_file else set()
     train_ids |= load_checkpoint(model, name, Path(source), tower_alone=True) if source else set()
     with about(f"cannot use {source or pretrained} for {name}"):
@@ -738,10 +688,7 @@ def has_quick_gelu(model):
 
 
 def load_checkpoint(model, name, file, tower_alone=False):
-    """Fill model from a .pt or .safetensors file without running code in it; returns the COCO ids it was trained on.
-
-    tower_alone   the file may hold the visual tower alone; the text tower is then the model's
-    """
+    """Fill model from a .pt or .safetensors file without running code in it; returns the COCO ids it was trained on."""
     with about(f"{file} is no checkpoint of plain tensors for {name}, and is not used"):
         try:
             safe = file.suffix == ".safetensors"
@@ -772,8 +719,7 @@ def load_checkpoint(model, name, file, tower_alone=False):
 CONFIG = "MSCOCO_i2t"
 LARGEST_FILE, LARGEST_IMAGE = 20_000_000, 50_000_000  # bytes, pixels: bombs are not unpacked
 Image.MAX_IMAGE_PIXELS = None  # read_image() looks itself
-logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs, it raises as well
-logging.disable(logging.WARNING)  # open_clip's: that weights were not loaded yet, or not asked for
+logging.disable(logging.ERROR)  # what datasets and open_clip log, they raise as well, or it is no news
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 SPLITS = {  # split, image column, caption column (a list has the positive first), start of the file names kept
@@ -784,8 +730,7 @@ SPLITS = {  # split, image column, caption column (a list has the positive first
 
 def as_images(pixels, device):
     """uint8 (B, 3, H, W), numpy or tensor -> float32 in [0, 1] on the device."""
-    pixels = pixels if torch.is_tensor(pixels) else torch.from_numpy(np.array(pixels))
-    return pixels.to(device, non_blocking=device.type == "cuda").float() / 255  # elsewhere it reads freed memory
+    return torch.tensor(np.asarray(pixels), device=device).float() / 255
 
 
 def load_rows(args, split):
@@ -796,8 +741,7 @@ def load_rows(args, split):
         table = table.with_format("arrow")[:]  # nothing is decoded that the data set declares its values to be
         kept = {}  # the first row of each image
         for row, (path, texts) in enumerate(zip(*(table[name].to_pylist() for name in (path_column, text_column)))):
-            file_name = PurePosixPath(path).name if isinstance(path, str) else ""
-            match = re.fullmatch(r"(COCO_(?:train|val)2014_)([0-9]{1,12})\.jpe?g", file_name)
+            match = re.search(r"(?:^|/)(COCO_(?:train|val)2014_)([0-9]{1,12})\.jpe?g\Z", str(path))
             if not match:
                 raise ValueError(f"row {row}: {path_column} {str(path)[:99]!r} is not the path of a COCO 2014 image")
             coco_id = int(match[2])
@@ -807,8 +751,7 @@ def load_rows(args, split):
             if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError(f"row {row}: {text_column} is empty, or holds something that is no text")
             kept[coco_id] = {"path": path, "coco_id": coco_id, "texts": [text.strip() for text in texts]}
-        columns = ("path", "coco_id", "texts")
-        return datasets.Dataset.from_dict({key: [row[key] for row in kept.values()] for key in columns})
+        return datasets.Dataset.from_list(list(kept.values()))
 
 
 def open_table(source, split, cache_dir):
@@ -816,15 +759,12 @@ def open_table(source, split, cache_dir):
     if not os.path.isdir(source):
         if os.path.exists(source) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
             raise ValueError("it is neither a local folder nor a hub id such as TIGER-Lab/MMEB-train")
-        # a row count in the card that is stale must not end a run
-        return datasets.load_dataset(source, CONFIG, split=split, verification_mode="no_checks")
+        return datasets.load_dataset(source, CONFIG, split=split, verification_mode="no_checks")  # of a stale row count
     files = datasets.load_dataset_builder(source, CONFIG, cache_dir=cache_dir).config.data_files[split]
-    root = os.path.abspath(source)  # links are not followed: in the hub's cache every file is one
-    for file in files:
-        if not Path(os.path.abspath(file)).is_relative_to(root):
+    for file in files:  # links are not followed: in the hub's cache every file is one
+        if os.path.relpath(file, source).startswith("../"):
             raise ValueError(f"its card names {file}, outside the folder")
-    # by its files: datasets takes folders of one name for the same data
-    return datasets.Dataset.from_parquet(list(files), cache_dir=cache_dir)
+    return datasets.Dataset.from_parquet(list(files), cache_dir=cache_dir)  # load_dataset mixes up folders of one name
 
 
 def load_examples(args, split, span, geometry):
@@ -842,10 +782,9 @@ def load_examples(args, split, span, geometry):
             raise ValueError(f"--image_root {args.image_root} is not a folder")
         examples = decode_rows(args.image_root or source, rows.select(span), geometry, args, whole=split == "train")
         broken = [f"{row['path']} ({row['problem']})" for row in examples.remove_columns("pixels") if row["problem"]]
-        if broken and not args.skip_bad_images:
-            raise ValueError(f"broken image {broken[0]}, {len(broken)} in all; --skip_bad_images leaves them out")
-        if len(broken) == len(examples):
-            raise ValueError(f"none of the images could be decoded; {broken[0]}")
+        if broken and (not args.skip_bad_images or len(broken) == len(examples)):
+            said = f"broken image {broken[0]}, {len(broken)} of {len(examples)}"
+            raise ValueError(f"{said}; --skip_bad_images leaves such images out")
         if broken:
             print(f"--{split}_data {source}: {len(broken)} broken images left out, the first {broken[0]}")
             examples = examples.select([i for i, problem in enumerate(examples["problem"][:]) if not problem])
@@ -854,37 +793,42 @@ def load_examples(args, split, span, geometry):
 
 def decode_rows(source, rows, geometry, args, whole):
     """rows with their pixels, captions, and the problem of each broken image, "" for a sound one; cached."""
-    files, transform = ImageFiles(source, rows["path"][:], whole), to_geometry(geometry)
-    shape = transform(Image.new("RGB", (64, 64))).shape
+    paths, transform, shape = rows["path"][:], to_geometry(geometry), (3, *geometry["size"])
     kinds = {"caption": datasets.Value("string"), "problem": datasets.Value("string")}
     kinds = datasets.Features(rows.features | kinds | {"pixels": datasets.Array3D(shape, "uint8")})
 
+    @lru_cache
+    def images():  # looked for when the first is decoded: what is cached asks nothing of a hub
+        return find_images(source, paths, whole)
+
     def decode(row):
+        files, found = images()
         pixels, problem = np.zeros(shape, np.uint8), ""
         try:
-            pixels = transform(read_image(files.read(row["path"]), ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
+            with files.open(found[row["path"]]) as file:
+                data = file.read(LARGEST_FILE + 1)
+            pixels = transform(read_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
             problem = describe(error)
-            if not args.skip_bad_images:
-                fail(f"{row['path']}: broken image ({problem}); --skip_bad_images leaves such images out")
         return {"caption": row["texts"][0], "pixels": pixels, "problem": problem}
 
-    key = digest([files.stamp(), rows["path"][:], rows["texts"][:], geometry])
+    local = [file for file in Path(source).rglob("*") if file.suffix in (".zip", ".jpg", ".jpeg")]
+    seen = sorted([os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns] for file in local)
+    key = digest([source, seen, paths, rows["texts"][:], geometry])
     cache = Path(args.cache_dir, f"{key}.arrow")
     cache.parent.mkdir(parents=True, exist_ok=True)
+    options = {"features": kinds, "cache_file_name": str(cache), "new_fingerprint": key, "writer_batch_size": 64}
     if RANK:
         gather()  # rank 0 decodes first, and the others find it done
-    for last in (False, True):
-        if not cache.exists() and shutil.disk_usage(cache.parent).free < 1.1 * len(rows) * math.prod(shape):
-            fail(f"{cache.parent} has no room for {len(rows)} images: make room, or give another --cache_dir")
-        try:
-            options = {"cache_file_name": str(cache), "new_fingerprint": key, "writer_batch_size": 64}
-            examples = rows.map(decode, features=kinds, **options, desc="decode")
-            break
-        except (ValueError, OSError):
-            if last or not cache.exists():
-                raise
-            cache.unlink()  # damaged: made again
+    if not cache.exists() and shutil.disk_usage(cache.parent).free < 1.1 * len(rows) * math.prod(shape):
+        fail(f"{cache.parent} has no room for {len(rows)} images: make room, or give another --cache_dir")
+    try:
+        examples = rows.map(decode, **options, desc="decode")
+    except (ValueError, OSError):
+        if not cache.exists():
+            raise
+        cache.unlink()  # damaged: made again
+        examples = rows.map(decode, **options, desc="decode")
     if not RANK:
         gather()
     return examples
@@ -892,14 +836,16 @@ def decode_rows(source, rows, geometry, args, whole):
 
 def to_geometry(geometry):
     """open_clip's own preprocessing up to the pixels: PIL image -> uint8 (3, H, W)."""
-    transforms = image_transform_v2(PreprocessCfg(**geometry), is_train=False).transforms
-    resize = Compose(transforms[:-2])  # all but to float, and the normalisation
+    resize = image_transform_v2(PreprocessCfg(**geometry), is_train=False)
+    del resize.transforms[-2:]  # to float, and the normalisation
     return lambda image: np.asarray(resize(image)).transpose(2, 0, 1)
 
 
 def read_image(data, formats):
     """An image file's bytes -> PIL image, RGB; ValueError for whatever is no photograph of 8 bits a channel."""
     try:
+        if len(data) > LARGEST_FILE:
+            raise ValueError(f"more than {LARGEST_FILE / 1e6:.0f} MB")
         with Image.open(io.BytesIO(data), formats=formats) as image:
             width, height = image.size
             if width * height > LARGEST_IMAGE or max(width, height) > 50 * min(width, height):
@@ -911,54 +857,32 @@ def read_image(data, formats):
         raise ValueError(describe(error)) from None
 
 
-class ImageFiles:
-    """The image files of the rows' paths: in a folder, unpacked or in a zip, or in a zip of a hub's data set.
+def find_images(source, paths, whole):
+    """What opens the images of the rows' paths, a folder or the likeliest of its zips, and {path: name in it}.
 
     They are looked up by name in what the folder or the zip really lists, so that no path leads out of it; of several
     of one name that is taken which shares most of the path's folders. macOS's AppleDouble members have other names.
 
     whole   of a hub, download the whole archive once; else fetch the needed members alone, by range requests
     """
-
-    def __init__(self, source, paths, whole):
-        self.source, self.paths, self.whole, self.local = source, paths, whole, os.path.isdir(source)
-
-    def stamp(self):
-        """Plain values that change when local files do."""
-        if not self.local:
-            return [self.source]
-        files = [file for file in Path(self.source).rglob("*") if file.suffix in (".zip", ".jpg", ".jpeg")]
-        return [os.path.abspath(self.source), *sorted([str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
-
-    def read(self, path):
-        """The bytes of a file; ValueError if they are more than a photograph's."""
-        files, found = self.found
-        with files.open(found[path]) as file:
-            data = file.read(LARGEST_FILE + 1)
-        if len(data) > LARGEST_FILE:
-            raise ValueError(f"more than {LARGEST_FILE / 1e6:.0f} MB")
-        return data
-
-    @cached_property
-    def found(self):
-        """A file system with all the images, the folder's or the likeliest of its zips, and {path: file in it}."""
-        fs, root = fsspec.url_to_fs(self.source if self.local else f"hf://datasets/{self.source}")
-        names, inside, looked_into = fs.find(root), os.path.realpath(root) + os.sep, []
-        zips = sorted((name for name in names if name.endswith(".zip")), key=lambda name: (CONFIG not in name, name))
-        if self.local:  # nor does a link lead out
-            names = [name for name in names if os.path.realpath(name).startswith(inside)]
-        for place in ["", *zips]:
-            with about(f"{place or root} cannot be read"):  # a block: about one image
-                files = ZipFileSystem(fs.open(place, block_size=2**16)) if place else fs
-            found = match_files(self.paths, files.find("") if place else names)
-            if len(found) == len(self.paths):
-                if place and self.whole and not self.local:
-                    place = place.removeprefix(f"{root}/")
-                    files = ZipFileSystem(huggingface_hub.hf_hub_download(self.source, place, repo_type="dataset"))
-                return files, found
-            missing = next(path for path in self.paths if path not in found)
-            looked_into.append(f"{place or 'the folder'} has {len(found)} of them and not {missing}")
-        raise FileNotFoundError(f"{len(self.paths)} images looked for: {'; '.join(looked_into[:5])}")
+    local = os.path.isdir(source)
+    fs, root = fsspec.url_to_fs(source if local else f"hf://datasets/{source}")
+    names, inside, looked_into = fs.find(root), os.path.realpath(root) + os.sep, []
+    zips = sorted((name for name in names if name.endswith(".zip")), key=lambda name: (CONFIG not in name, name))
+    if local:  # nor does a link lead out
+        names = [name for name in names if os.path.realpath(name).startswith(inside)]
+    for place in ["", *zips]:
+        with about(f"{place or root} cannot be read"):  # a block: about one image
+            files = zipfile.ZipFile(fs.open(place, block_size=2**16)) if place else fs
+        found = match_files(paths, sorted(files.namelist()) if place else names)
+        if len(found) == len(paths):
+            if place and whole and not local:
+                place = huggingface_hub.hf_hub_download(source, place.removeprefix(f"{root}/"), repo_type="dataset")
+                files = zipfile.ZipFile(place)
+            return files, found
+        missing = next(path for path in paths if path not in found)
+        looked_into.append(f"{place or 'the folder'} has {len(found)} of them and not {missing}")
+    raise FileNotFoundError(f"{len(paths)} images looked for: {'; '.join(looked_into[:5])}")
 
 
 def match_files(paths, names):
@@ -974,20 +898,18 @@ def match_files(paths, names):
 
 
 def load_training_sets(args, geometry):
-    """--num_images training images and the --val_images after them.
+    """--num_images training images and the --val_images after them; ends with one line if one of them is evaluated.
 
-    Ends with one line unless no evaluation image is among them, by COCO id (all rows of the evaluation split) and by
-    decoded pixels (the rows that the preset's table uses).
+    That is known by COCO id (all rows of the evaluation split) and by pixels (those that the preset's table uses).
     """
-    last = args.num_images + args.val_images
     training = load_examples(args, "train", range(args.num_images), geometry)
-    validation = load_examples(args, "train", range(args.num_images, last), geometry)
+    validation = load_examples(args, "train", range(args.num_images, args.num_images + args.val_images), geometry)
     evaluated = load_rows(args, "eval")
+    used = load_examples(args, "eval", range(min(len(evaluated), preset(args.preset)["eval_images"])), geometry)
     both = datasets.concatenate_datasets([training, validation])
     if shared := {*both["coco_id"]} & {*evaluated["coco_id"]}:
         fail(f"leakage: {len(shared)} COCO ids of --eval_data {args.eval_data} are among the training images, such as "
              f"{min(shared)}")  # fmt: skip
-    used = load_examples(args, "eval", range(min(len(evaluated), preset(args.preset)["eval_images"])), geometry)
     path_of = {row["pixels"].tobytes(): row["path"] for row in used}
     for row in both:
         if twin := path_of.get(row["pixels"].tobytes()):
@@ -1001,27 +923,21 @@ def load_training_sets(args, geometry):
 
 @dataclass(frozen=True)
 class Attack:
-    """A budget and how it is spent; what makes the result, so the key under which a run keeps it.
-
-    Two are used: the report's PGD, Attack(eps, 2/255, 20), and that of white_box().
-    """
+    """A budget and how it is spent; what makes the result, so the key under which a run keeps it."""
 
     eps: float  # L-inf radius, pixels in [0, 1]
     alpha: float  # step size on the same scale
     steps: int
     seed: int | None = 0  # of the random start; None starts where pgd() is told to
-    momentum: float = 0.0
-    decay: bool = False  # of the step size, by a half cosine
+    momentum: float = 0.0  # with it, steps shrink by a half cosine
     loss: str = "cosine"  # with the own caption; or margin, the lead of the hardest other caption
 
 
 def white_box(eps, steps, through_jpeg=False):
-    """The attack of the white-box columns, from where pgd() is told to start.
-
-    First step (in radii) and momentum were chosen on training images, of the tiny CLIP and of a real ViT-B/16 tower.
-    """
+    """The attack of the white-box columns, from where pgd() is told to start."""
+    # first step, in radii, and momentum: chosen on training images, of the tiny CLIP and of a real ViT-B/16 tower
     first, momentum = (2, 0.5) if through_jpeg else (1, 0.75)
-    return Attack(eps, first * eps, steps, seed=None, momentum=momentum, decay=True)
+    return Attack(eps, first * eps, steps, seed=None, momentum=momentum)
 
 
 class Attacked(NamedTuple):
@@ -1073,7 +989,7 @@ def pgd(loss_fn, images, attack, start=None):
             break
         size = grad.abs().mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
         velocity = attack.momentum * velocity + grad / size
-        shrink = max(0.03, (1 + math.cos(math.pi * step / attack.steps)) / 2) if attack.decay else 1
+        shrink = max(0.03, (1 + math.cos(math.pi * step / attack.steps)) / 2) if attack.momentum else 1
         x = (x + attack.alpha * shrink * velocity.sign()).clamp(lower, upper)
     return Attacked(best, best_loss, zero_grads, nonfinite)
 
@@ -1161,8 +1077,8 @@ def sum_health(parts):
 
 
 def linf_grey_levels(pixels, pixels_adv):
-    """Largest difference of each image to its twin, uint8 (B, 3, H, W) both: (B,) whole grey levels."""
-    return np.abs(np.asarray(pixels, np.int16) - np.asarray(pixels_adv, np.int16)).max((1, 2, 3))
+    """Largest difference of each image to its twin, uint8 (..., 3, H, W) both: (...) whole grey levels."""
+    return np.abs(np.asarray(pixels, np.int16) - np.asarray(pixels_adv, np.int16)).max((-3, -2, -1))
 
 
 def adversarial_folder(args, split):
@@ -1172,8 +1088,7 @@ def adversarial_folder(args, split):
         if args.adversarial_dir:
             fail(f"--adversarial_dir {folder} is not a finished folder of generate_pgd_adversarial.py")
         print(f"{folder} is not there yet and is made first:")
-        words = "--split", split, "--num_images", args.num_images
-        run_script("generate_pgd_adversarial.py", args, folder.name, *words)
+        run_script("generate_pgd_adversarial.py", args, folder.name, "--split", split, "--num_images", args.num_images)
     return folder
 
 
@@ -1189,10 +1104,9 @@ def require_same(folder, args, *flags):
 
 
 def load_adversarial(folder, examples, args):
-    """The adversarial twins of examples from a folder of generate_pgd_adversarial.py: uint8 (N, 3, S, S).
+    """The adversarial twins of examples from a folder of generate_pgd_adversarial.py: uint8 (N, 3, H, W).
 
-    Ends with one line if they were made with another attack, or if one is missing, of another caption or size, was
-    altered since, or is outside the ball around its clean twin.
+    Refused are twins of another attack or caption, missing, altered, of another size, or outside the ball.
     """
     require_same(folder, args, "model", "pretrained", "eps", "alpha", "steps")
     remedy = "make it again with generate_pgd_adversarial.py --overwrite"
@@ -1203,14 +1117,12 @@ def load_adversarial(folder, examples, args):
     def read_twin(row):
         file = folder / twin_name(row["coco_id"])  # by the id: what the metadata names is not opened
         try:
-            data, checksum = file.read_bytes(), checksums.get((row["coco_id"], row["caption"]))
-            if hashlib.sha256(data).hexdigest() != checksum:
+            data, clean = file.read_bytes(), row["pixels"]
+            if hashlib.sha256(data).hexdigest() != checksums.get((row["coco_id"], row["caption"])):
                 raise ValueError("it was altered after it was made, or made for another caption")
             twin = np.asarray(read_image(data, ["PNG"])).transpose(2, 0, 1)
-            if twin.shape != row["pixels"].shape:
-                raise ValueError(f"it is of another size than {row['path']} here")
-            if linf_grey_levels(twin[None], row["pixels"][None])[0] > grey_levels(args.eps):
-                raise ValueError(f"it is not in the ball around {row['path']}")
+            if twin.shape != clean.shape or linf_grey_levels(twin, clean) > grey_levels(args.eps):
+                raise ValueError(f"it is of another size than {row['path']}, or not in the ball around it")
             return twin
         except Exception as error:
             raise ValueError(f"{file}: {describe(error)}") from None
@@ -1225,12 +1137,9 @@ def twin_name(coco_id):
 
 
 def announce(clip, pixels, captions, image_steps):
-    """Before the first batch: say the work, and how long it takes here, from a timed step after a warm-up.
-
-    image_steps   of the attack, forward and back to the pixels; a pair of training images is about three of them
-    """
+    """Before the first batch, say the work, in images times steps forward and back to the pixels, and its time here."""
     check_gradient(clip, pixels, captions)
-    pixel_gradient(clip, pixels, captions)
+    pixel_gradient(clip, pixels, captions)  # a warm-up
     began = time.perf_counter()
     count = len(pixel_gradient(clip, pixels, captions))
     seconds = (time.perf_counter() - began) / count * image_steps / PROCESSES
@@ -1249,10 +1158,7 @@ def pixel_gradient(clip, pixels, captions):
 
 
 def check_gradient(clip, pixels, captions):
-    """Where the bf16 gradient of a batch has another direction than fp32's, bf16 ends here, and auto goes on in fp32.
-
-    An attack along such a gradient is no evidence.
-    """
+    """Where bf16's gradient has another direction than fp32's, which is no evidence: end, or under auto go to fp32."""
     if not clip.bf16:
         return
     first = pixel_gradient(clip, pixels, captions)
@@ -1278,8 +1184,6 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: what both defences share; their scripts hold the loop
 
-MAX_GRAD_NORM = 1.0
-
 
 def contrastive_loss(image_features, text_features, caption_ids, logit_scale):
     """Symmetric contrastive loss (Radford et al. 2021, arXiv:2103.00020, figure 3) of a batch.
@@ -1295,24 +1199,21 @@ def contrastive_loss(image_features, text_features, caption_ids, logit_scale):
 
 
 class Trainer:
-    """What both trainings share: optimizer, order of the batches, states, validation, checkpoints; the loop is theirs.
+    """What both trainings share: order of the batches, states, validation, checkpoints; optimizer and loop are theirs.
 
     Iterating yields (step, batch, mine): numbers of the batch's images, and of this process's part of it. Fine-tuned is
-    the visual tower; text tower and logit_scale are frozen. The learning rate falls linearly to 0. The best epoch is
-    the one of the highest white-box similarity on the validation images. All random draws are functions of (seed, step,
-    image), so that a state kept every --save_every minutes is enough to go on to the same files. Under torchrun the
-    batch is --batch_size a process, and each loss is over the features of all.
+    the visual tower; text tower and logit_scale are frozen. The best epoch is the one of the highest white-box
+    similarity on the validation images. All random draws are functions of (seed, step, image), so that a state kept
+    every --save_every minutes is enough to go on to the same files. Under torchrun the batch is --batch_size a process,
+    and each loss is over the features of all.
     """
 
-    def __init__(self, args, run, clip, training, validation):
-        self.args, self.run, self.clip, self.training, self.validation = args, run, clip, training, validation
-        visual = self.visual = clip.model.visual
+    def __init__(self, args, run, clip, optimizer, training, validation):
+        self.args, self.run, self.clip, self.optimizer = args, run, clip, optimizer
+        self.training, self.validation, self.visual = training, validation, clip.model.visual
         clip.model.requires_grad_(False)
-        visual.requires_grad_(True)
-        visual.set_grad_checkpointing(args.grad_checkpointing)
-        matrices, others = ([p for p in visual.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
-        groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=clip.device.type in ("cuda", "cpu"))
+        self.visual.requires_grad_(True)
+        self.visual.set_grad_checkpointing(args.grad_checkpointing)
         self.model = torch.nn.parallel.DistributedDataParallel(clip) if PROCESSES > 1 else clip
 
         captions, self.size = training["caption"][:], args.batch_size * PROCESSES
@@ -1320,20 +1221,19 @@ class Trainer:
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.log, self.epochs, self.stopped = [], [], None
         if state := run.kept("state"):
-            visual.load_state_dict(state["visual"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.visual.load_state_dict(state["visual"])
+            optimizer.load_state_dict(state["optimizer"])
             self.log, self.epochs = state["log"], state["epochs"]
         online_steps, steps = getattr(args, "online_steps", 0), self.last_step - len(self.log)
-        work = steps * self.size * (3 + online_steps)
+        work = steps * self.size * (3 + online_steps)  # training on a pair takes about three image-steps
         work += math.ceil(steps / self.steps_per_epoch) * len(validation) * args.steps
         announce(clip, training[: self.size]["pixels"], captions, work)
         self.text_features = clip.encode_text(captions)  # (N, D)
         number_of = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
         self.caption_ids = torch.tensor([number_of[caption] for caption in captions], device=clip.device)
 
-        model, tower = (sum(p.numel() * 4 for p in module.parameters()) for module in (clip.model, visual))
-        run.require_disk(2 * model + 2 * 3 * tower)  # best.pt, last.pt; weights and two moments, and the next of them
-        run.begin()
+        model, tower = (sum(p.numel() * 4 for p in module.parameters()) for module in (clip.model, self.visual))
+        run.begin(2 * model + 2 * 3 * tower)  # best.pt, last.pt; weights and two moments, and the next of them
         if not RANK:
             save(run.dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 
@@ -1346,24 +1246,17 @@ class Trainer:
                 batch = order[position * self.size : (position + 1) * self.size]
                 mine = np.array_split(np.pad(batch, (0, -len(batch) % PROCESSES), mode="edge"), PROCESSES)[RANK]
                 torch.manual_seed(self.args.seed + step)  # for a tower with patch dropout
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.args.lr * (1 - step / self.last_step)
                 self.visual.train()
                 yield step, batch, mine
                 if self.stopped:
                     return
 
-    def contrastive_loss(self, image_features, batch):
-        """contrastive_loss() of the images of a batch, without what was padded to share it out."""
-        own = self.text_features[batch], self.caption_ids[batch]
-        return contrastive_loss(image_features[: len(batch)], *own, self.clip.logit_scale)
-
-    def encode(self, images, twins):
-        """Features of clean images and their twins, (B, D) each, of all processes, in one pass through the tower."""
+    def encode(self, images, twins, count):
+        """Features of the batch's clean images and of their twins, (count, D) each, in one pass through the tower."""
         features = self.model(torch.cat([images, twins])).chunk(2)
         if PROCESSES > 1:  # those of the others without gradient
             features = open_clip.loss.gather_features(*features, rank=RANK, world_size=PROCESSES)
-        return features
+        return [x[:count] for x in features]  # without what was padded to share the batch out
 
     def end_step(self, **figures):
         """Log the figures, loss and grad_norm among them; validate after an epoch; keep a state now and then."""
@@ -1392,10 +1285,7 @@ class Trainer:
             self.saved = time.perf_counter()
 
     def end_epoch(self, epoch, loss):
-        """White-box similarity on the validation images, which chooses the best epoch; last.pt and best.pt.
-
-        The model is kept as plain types that open_clip.create_model(name, pretrained=FILE) and weights_only=True open.
-        """
+        """White-box similarity on the validation images, which chooses the best epoch; last.pt and best.pt."""
         args, clip = self.args, self.clip
         self.visual.eval()
         pixels, text_features = self.validation["pixels"], clip.encode_text(self.validation["caption"][:])
@@ -1408,7 +1298,7 @@ class Trainer:
         line = f"epoch {epoch}/{args.epochs}  step {len(self.log)}  loss {loss:.3f}  validation clean {clean:.3f}, "
         say = tqdm.write if sys.stderr.isatty() else print  # above the bar of a terminal
         say(f"{line}white-box {attacked:.3f}{'  *' if best else ''}")
-        checkpoint = {
+        checkpoint = {  # plain types: weights_only=True and open_clip.create_model(name, pretrained=FILE) open it
             "epoch": epoch,
             "name": clip.arch,
             "quick_gelu": has_quick_gelu(clip.model),

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 import common
-from common import as_images
+from common import as_images, contrastive_loss
 
 BRIGHTNESS = CONTRAST = 0.2  # factors are uniform in 1 +- this
 BLUR_RADII = 0.1, 2.0  # standard deviation of the Gaussian, pixels
@@ -64,20 +64,26 @@ def main(args):
         return
     clip = common.load_clip(args)
     training, validation = common.load_training_sets(args, clip.geometry)
-    trainer = common.Trainer(args, run, clip, training, validation)
-    optimizer, visual, pixels = trainer.optimizer, clip.model.visual, training["pixels"]
+    visual, pixels = clip.model.visual, training["pixels"]
+    matrices, others = ([p for p in visual.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=clip.device.type in ("cuda", "cpu"))
+    trainer = common.Trainer(args, run, clip, optimizer, training, validation)
 
     for step, batch, mine in trainer:  # numbers of the batch's images; of this process's
+        for group in optimizer.param_groups:  # falls linearly to 0
+            group["lr"] = args.lr * (1 - step / trainer.last_step)
         images = as_images(pixels[mine], clip.device)  # (B, 3, H, W), of this process
         images_aug = augment(images, [[args.seed, step, index] for index in mine])
 
-        features = trainer.encode(images, images_aug)  # clean, augmented: (B, D) each, of all processes
-        clean_loss, aug_loss = (trainer.contrastive_loss(x, batch) for x in features)
+        features = trainer.encode(images, images_aug, len(batch))  # clean, augmented: (B, D) each, of all processes
+        own = trainer.text_features[batch], trainer.caption_ids[batch]
+        clean_loss, aug_loss = (contrastive_loss(x, *own, clip.model.logit_scale.exp()) for x in features)
         loss = (clean_loss + aug_loss) / 2
 
         optimizer.zero_grad(set_to_none=True)
         (loss * common.PROCESSES).backward()  # each has its own images' part of the gradient; DDP takes the mean
-        grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), common.MAX_GRAD_NORM)
+        grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
         optimizer.step()
         trainer.end_step(loss=loss, clean_loss=clean_loss, twin_loss=aug_loss, grad_norm=grad_norm)
     trainer.finish()

@@ -23,7 +23,7 @@ Files written to --output_dir (default runs/<preset>/pgd, with --online_steps ru
 import torch
 
 import common
-from common import as_images, pgd, start_noise
+from common import as_images, contrastive_loss, pgd, start_noise
 
 
 def parse_args(argv=None):
@@ -36,7 +36,7 @@ def parse_args(argv=None):
 
 
 def stage(chosen):
-    return "pgd" if chosen.online_steps == "0" else "online"
+    return "online" if chosen.online_steps else "pgd"
 
 
 def main(args):
@@ -50,8 +50,11 @@ def main(args):
     training, validation = common.load_training_sets(args, clip.geometry)
     offline = common.load_adversarial(folder, training, args) if folder else None  # uint8 (N, 3, H, W)
     original = clip.encode_pixels(training["pixels"]) if args.online_steps else None  # (N, D), FARE's targets
-    trainer = common.Trainer(args, run, clip, training, validation)
-    optimizer, visual, pixels = trainer.optimizer, clip.model.visual, training["pixels"]
+    visual, pixels = clip.model.visual, training["pixels"]
+    matrices, others = ([p for p in visual.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=clip.device.type in ("cuda", "cpu"))
+    trainer = common.Trainer(args, run, clip, optimizer, training, validation)
     # as in FARE and TeCoA few steps must be able to cross the ball, whatever --alpha
     attack = common.Attack(args.eps, max(args.alpha, 2 * args.eps / max(1, args.online_steps)), args.online_steps)
 
@@ -60,6 +63,8 @@ def main(args):
         return (image_features - original[indices]).square().sum(-1)
 
     for step, batch, mine in trainer:  # numbers of the batch's images; of this process's
+        for group in optimizer.param_groups:  # falls linearly to 0
+            group["lr"] = args.lr * (1 - step / trainer.last_step)
         images = as_images(pixels[mine], clip.device)  # (B, 3, H, W), of this process
         if args.online_steps:
             visual.eval()  # attack the network that is deployed
@@ -70,16 +75,17 @@ def main(args):
         else:
             images_adv = as_images(offline[mine], clip.device)
 
-        features = trainer.encode(images, images_adv)  # clean, adversarial: (B, D) each, of all processes
+        features = trainer.encode(images, images_adv, len(batch))  # clean, adversarial: (B, D) each, of all processes
         if args.online_steps:
-            clean_loss, adv_loss = (distance(x[: len(batch)], batch).mean() for x in features)
+            clean_loss, adv_loss = (distance(x, batch).mean() for x in features)
         else:
-            clean_loss, adv_loss = (trainer.contrastive_loss(x, batch) for x in features)
+            own = trainer.text_features[batch], trainer.caption_ids[batch]
+            clean_loss, adv_loss = (contrastive_loss(x, *own, clip.model.logit_scale.exp()) for x in features)
         loss = (clean_loss + adv_loss) / 2
 
         optimizer.zero_grad(set_to_none=True)
         (loss * common.PROCESSES).backward()  # each has its own images' part of the gradient; DDP takes the mean
-        grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), common.MAX_GRAD_NORM)
+        grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
         optimizer.step()
         trainer.end_step(loss=loss, clean_loss=clean_loss, twin_loss=adv_loss, grad_norm=grad_norm)
     made = common.load_record(folder / "metrics.json")["seconds"] if folder else 0

@@ -14,6 +14,7 @@ Files written to --output_dir (default runs/<preset>/jpeg):
 
 import io
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +23,13 @@ from torch.nn import functional as F
 
 import common
 from common import as_images, own_caption
+
+RANDOM_QUALITIES = 30, 75  # of the quality 'random', both included
+
+
+def jpeg_quality(text):
+    """argparse type: a JPEG quality from 1 to 95, or 'random'."""
+    return text if text == "random" else common.number(1, 95)(text)
 
 
 def parse_args(argv=None):
@@ -91,6 +99,23 @@ def quantisation_tables(quality):
     return [list(table) for table in Image.open(buffer).quantization.values()]
 
 
+def through(codec, qualities, encode_image, seed=0, among=None):
+    """encode_image behind a JPEG step of each quality, in order; 'random' is drawn anew at each look, from seed.
+
+    among   (N, slice) where those of N images come each time: their draws are the same in whatever batch they come
+    """
+    draw = partial(np.random.default_rng(seed).integers, *RANDOM_QUALITIES, endpoint=True)
+
+    def encode(images):
+        for q in qualities:
+            if q == "random":
+                q = draw(among[0])[among[1]] if among else draw(len(images))
+            images = codec(images, q)
+        return encode_image(images)
+
+    return encode
+
+
 def main(args):
     folder = common.adversarial_folder(args, "eval")
     run = common.Run(args, [folder])
@@ -99,22 +124,17 @@ def main(args):
     clip = common.load_clip(args)
     examples = common.load_examples(args, "eval", range(args.num_images), clip.geometry)
     pixels, transfer = examples["pixels"], common.load_adversarial(folder, examples, args)
-    run.require_disk(1.1 * len(args.qualities) * transfer.nbytes)
     common.announce(clip, pixels, examples["caption"][:], len(args.qualities) * len(pixels) * args.steps)
-    run.begin()
+    run.begin(1.1 * len(args.qualities) * transfer.nbytes)
     text_features = clip.encode_text(examples["caption"][:])
     attack, qualities, health = common.white_box(args.eps, args.steps, through_jpeg=True), {}, {}
     print(f"{len(pixels)} images       clean  transfer  adaptive")
     for q in args.qualities:
-
-        def through(codec, encode_image, q=q):
-            return lambda images: encode_image(codec(images, q))
-
-        loss_at = own_caption(through(differentiable_jpeg, clip.frozen()), text_features)
+        loss_at = own_caption(through(differentiable_jpeg, [q], clip.frozen()), text_features)
         adaptive, health[q] = common.attack_all(attack, loss_at, pixels, clip, transfer, run, f"JPEG {q}")
         conditions = {"clean": pixels, "transfer": transfer, "adaptive": adaptive}
         per_image = {
-            name: (clip.encode_pixels(x, through(jpeg, clip.encode_image)) * text_features).sum(-1).tolist()
+            name: (clip.encode_pixels(x, through(jpeg, [q], clip.encode_image)) * text_features).sum(-1).tolist()
             for name, x in conditions.items()
         }
         means = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}

@@ -11,71 +11,59 @@ white-box   the worst, image by image, of the transferred image and of momentum 
             under the cosine loss, then, where the own caption still comes first, under the margin loss. For JPEG that
             is the adaptive attack, through a differentiable codec; every score is on the real JPEG bytes
 
---reproduce first runs each missing stage as the command that a user would type. --sanity runs the battery of Carlini et
-al. 2019 (arXiv:1902.06705) on every row and marks those that fail.
-
 Files written to --output_dir (default runs/<preset>/evaluation); the stages' folders stand beside it:
     table.md, metrics.json (per image, too), examples.png, histogram.png, table.png, with --sanity eps_curves.png
 """
 
 import argparse
 import itertools
+import json
 import math
 import re
 import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import common
 from common import as_images, attack_all, duration, fail, load_clip, load_examples, number
-from eval_jpeg import differentiable_jpeg, jpeg
+from eval_jpeg import differentiable_jpeg, jpeg, jpeg_quality, through
 
-matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False  # captions and names are not formulas
-from matplotlib import pyplot as plt  # noqa: E402
 
-REPORT = {  # Adversarial Robustness Evaluation for CLIP Models, on CLIP ViT-L/14 and MMEB COCO: clean, transfer
-    "original": (0.2513, -0.1783),
-    "MAT": (0.2417, 0.1067),
-    "caption-aware": (0.2507, 0.2349),
-    "JPEG 75": (0.2513, 0.1504),
-    "JPEG 50": (0.2513, 0.2147),
-    "JPEG 30": (0.2513, 0.2329),
+REPORT = {  # Adversarial Robustness Evaluation for CLIP Models, on CLIP ViT-L/14 and MMEB COCO: clean, transfer, gain
+    "original": (0.2513, -0.1783, None),
+    "MAT": (0.2417, 0.1067, 0.686),
+    "caption-aware": (0.2507, 0.2349, 0.963),
+    "JPEG 75": (0.2513, 0.1504, 0.765),
+    "JPEG 50": (0.2513, 0.2147, 0.915),
+    "JPEG 30": (0.2513, 0.2329, 0.957),
 }
 TRAINED = {"MAT": "mat", "caption-aware": "pgd", "FARE, online": "online"}  # row -> stage folder
-RANDOM_QUALITIES = 30, 75  # of JPEG random, both included
 SANITY_IMAGES = 24
 SETTLED = 0.02  # by so much may a longer search still lower the mean cosine
-DRAWS = 10_000  # of the bootstrap
 EPS_CURVE = [0, 1, 2, 4, 8, 16, 32, 64]  # grey levels
 
 
 def checkpoint(text):
     """argparse type: NAME=PATH_OR_MODEL."""
     name, _, source = text.partition("=")
-    if not name or not source:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE, NAME=local-dir:DIR or NAME=hf-hub:ORG/NAME")
-    if not source.startswith(("local-dir:", "hf-hub:")) and not Path(source).is_file():
-        raise argparse.ArgumentTypeError(f"{source} is no file; models are given as local-dir:DIR or hf-hub:ORG/NAME")
+    if not name or not (source.startswith(("local-dir:", "hf-hub:")) or Path(source).is_file()):
+        forms = "NAME=FILE with a file that exists, NAME=local-dir:DIR or NAME=hf-hub:ORG/NAME"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {forms}")
     return name, source
-
-
-def quality(text):
-    """argparse type: a JPEG quality from 1 to 95, or 'random'."""
-    return text if text == "random" else number(1, 95)(text)
 
 
 def parse_args(argv=None):
     parser = common.make_parser(__doc__)
     flag = parser.add_argument_group("rows of the table").add_argument
-    flag("--qualities", type=quality, nargs="*", default=[75, 50, 30], help="a JPEG row each; random: drawn from 30-75")
+    flag("--qualities", type=jpeg_quality, nargs="*", default=[75, 50, 30], help="a JPEG row each; random: from 30-75")
     further = {"action": "append", "default": []}
     flag("--defence", **further, metavar="ROW+jpegQ", help="a further row: JPEG in front of a model; repeatable")
     model = "a further row: checkpoint or bare visual tower for --model, local-dir:DIR, hf-hub:ORG/NAME; repeatable"
@@ -83,12 +71,11 @@ def parse_args(argv=None):
     flag("--adversarial_dir", help="of --split eval; if not given, adversarial_eval beside --output_dir")
     flag = parser.add_argument_group("measuring").add_argument
     flag("--attack_steps", type=number(1, 10**6), help="of the white-box attack; --steps are the transferred images'")
-    starts = "starts of the white-box attack: the transferred images, then noise"
-    flag("--restarts", type=number(1, 1000), default=1, help=starts)
+    flag("--restarts", type=number(1, 1000), default=1, help="white-box starts: the transferred images, then noise")
     candidates = "captions to retrieve from: those of the evaluation images, or MMEB's own list for each row"
     flag("--candidates", choices=["evaluation", "mmeb"], default="evaluation", help=candidates)
-    flag("--sanity", action="store_true", help="run the battery of checks on every row")
-    flag("--reproduce", action="store_true", help="run every missing stage first")
+    flag("--sanity", action="store_true", help="run the battery of checks on every row, and mark those that fail")
+    flag("--reproduce", action="store_true", help="first run every missing stage, each as its own command")
     return common.parse_flags(parser, argv, lambda _: "evaluation", lambda _: "eval")
 
 
@@ -120,63 +107,47 @@ class Row:
     clip: common.Clip
     pixels: object  # uint8 (N, 3, H, W), numpy
     transfer: object  # likewise, attacked on the original model
+    captions: list[str]  # to retrieve from, M distinct ones
+    own: torch.Tensor  # (N,) index of each image's own caption
+    allowed: torch.Tensor  # (N, M) bool: candidates of each image
     qualities: tuple = ()  # of the JPEG steps in front of it, in order; 'random' is drawn anew at each look
     seconds: float | None = None  # training time
 
     def view(self, encode_image, seed, codec=jpeg, here=None):
-        """encode_image of the whole defence; its random draws start from seed.
-
-        here   slice of the images that come each time: their draws are the same in whatever batch they come
-        """
-        low, high = RANDOM_QUALITIES
-        draw = partial(np.random.default_rng(seed).integers, low, high + 1)
-
-        def encode(images):
-            for q in self.qualities:
-                if q == "random":
-                    q = draw(len(self.pixels))[here] if here else draw(len(images))
-                images = codec(images, q)
-            return encode_image(images)
-
-        return encode
+        """encode_image of the whole defence; its random draws start from seed; here: slice of the images that come."""
+        return through(codec, self.qualities, encode_image, seed, here and (len(self.pixels), here))
 
     def part(self, index):
         """The row with some of its images alone."""
-        return replace(self, pixels=self.pixels[index], transfer=self.transfer[index])
-
-    def attack(self, args):
-        return common.white_box(args.eps, args.attack_steps, through_jpeg=bool(self.qualities))
+        pixels, transfer = self.pixels[index], self.transfer[index]
+        return replace(self, pixels=pixels, transfer=transfer, own=self.own[index], allowed=self.allowed[index])
 
 
 def build_rows(args, clip, folder, stages, examples):
-    """The rows of the table, in its order.
-
-    folder   of the transferred images
-    stages   {name: folder} of the finished trainings
-    """
-    rows = {"original": Row("original", clip, examples[:]["pixels"], common.load_adversarial(folder, examples, args))}
-    taken = {"original", *TRAINED, *TRAINED.values(), *(f"JPEG {q}" for q in args.qualities)}
-    for name, _ in args.checkpoint:
-        if name in taken:
-            fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
-        taken.add(name)
-    short = {}  # --defence takes the name of a stage's folder, too
-    for stage in stages.values():
+    """The rows in the table's order; folder: of the transferred images; stages: {row: folder} of finished trainings."""
+    candidates, transfer = load_candidates(args.candidates, examples), common.load_adversarial(folder, examples, args)
+    original = Row("original", clip, examples[:]["pixels"], transfer, *candidates)
+    rows = {"original": original}
+    for name, stage in stages.items():
         common.require_same(stage, args, "model", "pretrained", "eps")
-    for name, source in [*((name, str(stage / "best.pt")) for name, stage in stages.items()), *args.checkpoint]:
-        seconds = common.load_record(stages[name] / "metrics.json")["training_seconds"] if name in stages else None
-        rows[name] = replace(in_geometry(rows["original"], load_clip(args, source), args), name=name, seconds=seconds)
-        short[TRAINED.get(name, name)] = name
+        seconds = common.load_record(stage / "metrics.json")["training_seconds"]
+        rows[name] = replace(original, name=name, clip=load_clip(args, str(stage / "best.pt")), seconds=seconds)
+    taken = {*TRAINED, *TRAINED.values(), *(f"JPEG {q}" for q in args.qualities)}
+    for name, source in args.checkpoint:
+        if name in taken | rows.keys():
+            fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
+        rows[name] = replace(in_geometry(original, load_clip(args, source), args), name=name)
     for row in rows.values():
         if leaked := row.clip.train_ids & {*examples["coco_id"]}:
             fail(f"leakage: {row.name} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
-    for q in args.qualities:
-        rows[f"JPEG {q}"] = replace(rows["original"], name=f"JPEG {q}", qualities=(q,))
-    for spec in args.defence:
-        name, *steps = spec.split("+")
-        with common.about(f"--defence {spec}: write MODEL+jpegQ, MODEL one of {', '.join([*rows])}"):
-            steps = tuple(quality(re.fullmatch("jpeg(.+)", step)[1]) for step in steps)
-            rows[spec] = replace(rows[short.get(name, name)], name=spec, qualities=steps)
+    short = {stage: name for name, stage in TRAINED.items()}  # --defence takes the name of a stage's folder, too
+    specs = {f"JPEG {q}": f"original+jpeg{q}" for q in args.qualities} | {spec: spec for spec in args.defence}
+    for name, spec in specs.items():
+        model, *steps = spec.split("+")
+        with common.about(f"--defence {spec}: write MODEL+jpegQ, MODEL one of {', '.join(rows)}"):
+            steps = tuple(jpeg_quality(re.fullmatch("jpeg(.+)", step)[1]) for step in steps)
+            behind = rows[short.get(model, model)]
+            rows[name] = replace(behind, name=name, qualities=behind.qualities + steps)
     return list(rows.values())
 
 
@@ -194,38 +165,24 @@ def in_geometry(original, clip, args):
 # Measuring
 
 
-@dataclass
-class Candidates:
-    """The captions to retrieve from."""
-
-    captions: list[str]  # M distinct ones
-    own: torch.Tensor  # (N,) index of each image's own caption
-    allowed: torch.Tensor  # (N, M) bool: candidates of each image
-
-    def part(self, index):
-        """Of some of the images alone."""
-        return replace(self, own=self.own[index], allowed=self.allowed[index])
-
-
 def load_candidates(kind, examples):
-    captions = examples["caption"][:]
-    lists = examples["texts"][:] if kind == "mmeb" else [captions] * len(captions)
-    index = {caption: i for i, caption in enumerate(dict.fromkeys(text for texts in lists for text in texts))}
-    allowed = torch.zeros(len(captions), len(index), dtype=torch.bool)
-    for i, texts in enumerate(lists):
-        allowed[i, [index[text] for text in texts]] = True
+    """The captions to retrieve from, as a Row has them: captions, own, allowed."""
+    own = examples["caption"][:]
+    lists = examples["texts"][:] if kind == "mmeb" else [own] * len(own)
+    captions = list(dict.fromkeys(itertools.chain(*lists)))
+    allowed = torch.tensor([[caption in texts for caption in captions] for texts in map(set, lists)])
     if allowed.sum(1).min() < 2:
         fail("retrieval needs at least two different captions for each image: raise --num_images")
-    return Candidates(list(index), torch.tensor([index[caption] for caption in captions]), allowed)
+    return captions, torch.tensor([captions.index(caption) for caption in own]), allowed
 
 
-def score(row, pixels, candidates, seed):
+def score(row, pixels, seed):
     """Every image against every caption: similarity, lead over the hardest other caption, ranks from 0; (N,) each."""
     features = row.clip.encode_pixels(pixels, row.view(row.clip.encode_image, seed))
-    cosines = (features @ row.clip.encode_text(candidates.captions).T).cpu()  # (N, M)
-    own = candidates.own[:, None]
+    cosines = (features @ row.clip.encode_text(row.captions).T).cpu()  # (N, M)
+    own = row.own[:, None]
     similarity = cosines.gather(1, own)  # (N, 1)
-    others = cosines.masked_fill(~candidates.allowed, -torch.inf).scatter(1, own, -torch.inf)
+    others = cosines.masked_fill(~row.allowed, -torch.inf).scatter(1, own, -torch.inf)
     by_caption = cosines[:, own[:, 0]].T  # (N, N): row i is caption i against every image
     return {
         "similarity": similarity[:, 0].numpy(),
@@ -235,64 +192,55 @@ def score(row, pixels, candidates, seed):
     }
 
 
-def attack_row(attack, row, candidates, start=None, run=None):
+def attack_row(attack, row, start=None, run=None):
     """One attack on one row, from start uint8 (N, 3, H, W) or from noise: pixels_adv likewise, and its health."""
     clip, encode = row.clip, row.clip.frozen()
-    text_features, own = clip.encode_text(candidates.captions), candidates.own.to(clip.device)
-    allowed = candidates.allowed.to(clip.device)
+    text_features = clip.encode_text(row.captions)
+    own, allowed = row.own[:, None].to(clip.device), row.allowed.to(clip.device)
 
     def loss_at(here):
         # what is random is drawn anew in each step: the momentum is the expectation over it
         view = row.view(encode, attack.seed or 0, differentiable_jpeg, here)
-        own_features, mine = text_features[own[here]], own[here, None]
-
-        def cosine(images):
-            return -(view(images) * own_features).sum(-1)
 
         def margin(images):  # the lead of the hardest other caption over the own one
             cosines = view(images) @ text_features.T  # (B, M)
-            others = cosines.masked_fill(~allowed[here], -torch.inf).scatter(1, mine, -torch.inf)
-            return others.amax(1) - cosines.gather(1, mine)[:, 0]
+            others = cosines.masked_fill(~allowed[here], -torch.inf).scatter(1, own[here], -torch.inf)
+            return others.amax(1) - cosines.gather(1, own[here])[:, 0]
 
-        return {"cosine": cosine, "margin": margin}[attack.loss]
+        return margin if attack.loss == "margin" else common.own_caption(view, text_features[own[:, 0]])(here)
 
     what = f"{row.name}, {attack.loss}" + ", bf16" * clip.bf16
     return attack_all(attack, loss_at, row.pixels, clip, start, run, what)
 
 
-def attack_both(attack, row, candidates, start, seed, run=None):
-    """The cosine attack, and from its result the margin attack on the images whose own caption still comes first.
-
-    returns   [pixels_adv of both, uint8 (N, 3, H, W)], [health of both]
-    """
-    lowest, health = attack_row(attack, row, candidates, start, run)
-    ranks = common.gather(score(row, lowest, candidates, seed)["rank_i2t"])[0]  # rank 0's floats decide for all
+def attack_both(attack, row, start, seed, run=None):
+    """The cosine attack, and on its result the margin attack where the own caption is first: [pixels_adv], [health]."""
+    lowest, health = attack_row(attack, row, start, run)
+    ranks = common.gather(score(row, lowest, seed)["rank_i2t"])[0]  # rank 0's floats decide for all
     first, narrowest = np.flatnonzero(ranks == 0), lowest.clone()
     if not len(first):
         return [lowest], [health]
-    on_margin = replace(attack, loss="margin", seed=None), row.part(first), candidates.part(first)
-    narrowest[first], health_margin = attack_row(*on_margin, lowest[first], run)
+    on_margin = replace(attack, loss="margin", seed=None)
+    narrowest[first], health_margin = attack_row(on_margin, row.part(first), lowest[first], run)
     return [lowest, narrowest], [health, health_margin]
 
 
-def measure(row, candidates, attack, starts, seed, run=None):
-    """One row under every condition: {condition: {measure: (N,)}}, the images of lowest cosine, health.
-
-    The transferred images count as white-box, too, in the ball that those of another geometry may have left.
-    """
-    clean, transfer = (score(row, pixels, candidates, seed) for pixels in (row.pixels, row.transfer))
+def measure(row, attack, starts, seed, run=None):
+    """One row under every condition: {condition: {measure: (N,)}}, the images of lowest cosine, health."""
+    clean, transfer = (score(row, pixels, seed) for pixels in (row.pixels, row.transfer))
     print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
+    # the transferred images count as white-box, too, in the ball that those of another geometry may have left
     sets, healths = [common.to_pixels(as_images(row.transfer, torch.device("cpu")), row.pixels, attack.eps)], []
     for which in range(starts):
         begin, noise_seed = (row.transfer, None) if which == 0 else (None, seed + 7919 * which)
-        found, health = attack_both(replace(attack, seed=noise_seed), row, candidates, begin, seed, run)
+        found, health = attack_both(replace(attack, seed=noise_seed), row, begin, seed, run)
         sets, healths = sets + found, healths + health
-    scored = [score(row, pixels, candidates, seed) for pixels in sets]
+    scored = [score(row, pixels, seed) for pixels in sets]
     every = {key: np.stack([values[key] for values in scored]) for key in transfer}  # (sets, N)
     worst = {key: values.max(0) if key == "rank_i2t" else values.min(0) for key, values in every.items()}
     each = torch.arange(len(row.pixels))
     lowest, narrowest = (torch.stack(sets)[every[key].argmin(0), each] for key in ("similarity", "margin"))
-    both = [score(row, pixels, candidates, seed)["rank_t2i"] for pixels in (lowest, narrowest)]
+    both = [score(row, pixels, seed)["rank_t2i"] for pixels in (lowest, narrowest)]
     worst["rank_t2i"] = min(both, key=lambda ranks: (ranks == 0).sum())  # the set that retrieves worse
     return {"clean": clean, "transfer": transfer, "white_box": worst}, lowest, common.sum_health(healths)
 
@@ -302,33 +250,15 @@ def improvement(clean, adversarial, clean_0, adversarial_0):
     return 1 - (clean - adversarial) / (clean_0 - adversarial_0)
 
 
-def drop(clean, adversarial):
-    """Share of the clean similarity that an attack takes away; above 1 when the similarity turns negative."""
-    return (clean - adversarial) / clean
-
-
-def gains(summary, original):
-    """Drop of a row's summary, and improvement over the original's, by condition."""
-    found, clean = {}, summary["clean_similarity"]
-    for kind in ("transfer", "white_box"):
-        adversarial = summary[f"{kind}_similarity"]
-        found[f"{kind}_drop"] = drop(clean, adversarial)
-        if summary is not original:
-            baseline = original["clean_similarity"], original[f"{kind}_similarity"]
-            found[f"improvement_{kind}"] = improvement(clean, adversarial, *baseline)
-    return found
-
-
 def interval(values, seed):
     """95 % percentile bootstrap interval of the mean over images (Efron & Tibshirani 1993): [low, high]."""
     values, rng = np.asarray(values, float), np.random.default_rng(seed)
-    shares = [len(part) for part in np.array_split(range(DRAWS), math.ceil(len(values) / 10))]  # of 100,000 picks
-    means = [values[rng.integers(len(values), size=(share, len(values)))].mean(1) for share in shares]
+    means = [values[rng.integers(len(values), size=(100, len(values)))].mean(1) for _ in range(100)]  # 10,000 draws
     return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
-def summarise(conditions, seed):
-    """Means, intervals, recalls, attack success rates and margins of one row."""
+def summarise(conditions, seed, original=None):
+    """Means, intervals, recalls, attack success rates, margins and drops of one row; improvements over the original."""
     summary = {"n": len(conditions["clean"]["similarity"])}
     for name, values in conditions.items():
         summary[f"{name}_similarity"] = float(values["similarity"].mean())
@@ -340,6 +270,11 @@ def summarise(conditions, seed):
         summary[f"{name}_recall_i2t@1_interval"] = interval(values["rank_i2t"] < 1, seed)
         if name != "clean":
             summary[f"{name}_success_rate"] = float((values["rank_i2t"] > 0).mean())  # own caption no longer first
+            clean, adversarial = summary["clean_similarity"], summary[f"{name}_similarity"]
+            summary[f"{name}_drop"] = (clean - adversarial) / clean  # above 1 when the similarity turns negative
+            if original:
+                baseline = original["clean_similarity"], original[f"{name}_similarity"]
+                summary[f"improvement_{name}"] = improvement(clean, adversarial, *baseline)
     return summary
 
 
@@ -361,22 +296,27 @@ def compare_rows(per_row, seed):
 # The sanity battery: what an attack's figure must survive before it is believed
 
 
-def sanity(row, candidates, attack, seed, run=None):
-    """Carlini et al. 2019, section 5, on one row: [(check, holds, figures)], its eps curve [(eps, similarity, R@1)]."""
+def sanity(row, attack, seed, run=None):
+    """Carlini et al. 2019 (arXiv:1902.06705), section 5, on one row: [(check, holds, figures)], its eps curve."""
 
     def attacked(start=row.transfer, **changes):
-        return attack_row(replace(attack, **changes), row, candidates, start, run)
+        return attack_row(replace(attack, **changes), row, start, run)
 
     def similarity(pixels, look=seed):
-        return score(row, pixels, candidates, look)["similarity"]
+        return score(row, pixels, look)["similarity"]
+
+    def under_both(**changes):
+        """Similarities under the cosine attack, and whether the own caption is first under both attacks, (N,) each."""
+        found, _ = attack_both(replace(attack, **changes), row, row.transfer, seed, run)
+        scored = [score(row, pixels, seed) for pixels in found]
+        return scored[0]["similarity"], np.maximum.reduce([values["rank_i2t"] for values in scored]) < 1
 
     pixels_adv, health = attacked()
-    base = similarity(pixels_adv)
+    base, first = under_both()
     figure, (low, high) = float(base.mean()), interval(base, seed)
     text = f"{figure:.3f} [{low:.3f}, {high:.3f}]"
 
-    _, first = under_both(attack, row, candidates, seed, run)
-    further, still = under_both(replace(attack, steps=5 * attack.steps), row, candidates, seed, run)
+    further, still = under_both(steps=5 * attack.steps)
     # where no own caption is first any more, the cosine's further fall is printed alone: it cannot fall where it counts
     allowed = SETTLED if first.any() else math.inf
     holds = figure - further.mean() <= allowed and first.sum() - still.sum() <= 1
@@ -386,17 +326,21 @@ def sanity(row, candidates, attack, seed, run=None):
 
     starts = [base, *(similarity(attacked(None, seed=seed + 7919 * which)[0]) for which in (1, 2))]
     worst = float(np.minimum.reduce(starts).mean())
-    settled = bool(figure - worst <= allowed)
-    checks.append((f"three starts lower it by at most {SETTLED}", settled, f"{figure:.3f}, of three {worst:.3f}"))
+    three = f"{figure:.3f}, of three {worst:.3f}"
+    checks.append((f"three starts lower it by at most {SETTLED}", figure - worst <= allowed, three))
 
-    curve = eps_curve(row, candidates, attack, seed, run)
+    clean = score(row, row.pixels, seed)
+    looks = [(clean["similarity"], clean["rank_i2t"] < 1)]
+    for levels in EPS_CURVE[1:]:  # as many steps, each as large a part of the radius
+        looks.append(under_both(eps=levels / 255, alpha=attack.alpha * (levels / 255 / attack.eps)))
+    curve = [(levels, float(cosine.mean()), float(first.mean())) for levels, (cosine, first) in zip(EPS_CURVE, looks)]
     falls = all(b[1] <= a[1] + 0.02 for a, b in zip(curve, curve[1:]))
     recalls = "R@1 " + ", ".join(f"{recall:.2f} at {levels}" for levels, _, recall in curve)
     checks.append(("larger eps ends in total failure", falls and curve[-1][2] <= 0.05, recalls))
 
     signs = np.random.default_rng([seed, 99]).choice([-1, 1], row.pixels.shape)
-    noise = (row.pixels + common.grey_levels(attack.eps) * signs).clip(0, 255).astype(np.uint8)
-    noise = float(similarity(noise).mean())
+    noisy = (row.pixels + common.grey_levels(attack.eps) * signs).clip(0, 255).astype(np.uint8)
+    noise = float(similarity(noisy).mean())
     checks.append(("the attack beats random noise of its size", figure < noise, f"{figure:.3f}, noise {noise:.3f}"))
 
     gap = similarity(row.transfer) - base
@@ -420,23 +364,6 @@ def sanity(row, candidates, attack, seed, run=None):
     return checks, curve
 
 
-def under_both(attack, row, candidates, seed, run):
-    """Similarities under the cosine attack, and whether the own caption is first under both attacks, (N,) each."""
-    found, _ = attack_both(attack, row, candidates, row.transfer, seed, run)
-    scored = [score(row, pixels, candidates, seed) for pixels in found]
-    return scored[0]["similarity"], np.maximum.reduce([values["rank_i2t"] for values in scored]) < 1
-
-
-def eps_curve(row, candidates, attack, seed, run):
-    """[(radius in grey levels, mean similarity, R@1)] under as many steps, each as large a part of the radius."""
-    clean = score(row, row.pixels, candidates, seed)
-    looks = [(clean["similarity"], clean["rank_i2t"] < 1)]
-    for levels in EPS_CURVE[1:]:
-        scaled = replace(attack, eps=levels / 255, alpha=attack.alpha * (levels / 255 / attack.eps))
-        looks.append(under_both(scaled, row, candidates, seed, run))
-    return [(levels, float(cosine.mean()), float(first.mean())) for levels, (cosine, first) in zip(EPS_CURVE, looks)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Showing
 
@@ -450,22 +377,18 @@ def setting(record):
     eps, alpha = (f"{args[key] * 255:.4g}/255" for key in ("eps", "alpha"))
     model = f"{args['model']} {args['pretrained']}".strip()
     kinds = f"transfer: PGD, {args['steps']} steps of {alpha}; white-box: momentum PGD, {args['attack_steps']} steps"
-    return f"{model}, n = {record['n']}, eps {eps}\n{kinds}"
+    return f"{model}, n = {record['n']}, eps {eps}", kinds
 
 
-def marked(record, name, width=None):
-    """The row's name, cut to a width, with a mark if it failed a check or its attack lacked a gradient somewhere."""
-    health = record["health"][name]
-    failed = health["images_with_zero_gradients"] + health["images_with_nonfinite_values"] > 0
-    failed |= any(not holds for _, holds, _ in record["sanity"].get(name, {}).get("checks", []))
-    mark = " (!)" * failed + " (?)" * (name in doubtful(record))
-    return name[: width and width - len(mark)] + mark
-
-
-def doubtful(record):
-    """Names of rows that may not have been loaded as they were trained."""
-    recall = {name: row["clean_recall_i2t@1"] for name, row in record["rows"].items()}
-    return [name for name in recall if recall[name] < recall["original"] / 3]
+def marks_of(record):
+    """{row: its marks}: (!) it failed a check or its attack lacked a gradient, (?) it may not be loaded as trained."""
+    marks, least = {}, record["rows"]["original"]["clean_recall_i2t@1"] / 3
+    for name, row in record["rows"].items():
+        health, checks = record["health"][name], record["sanity"].get(name, {}).get("checks", [])
+        failed = health["images_with_zero_gradients"] + health["images_with_nonfinite_values"] > 0
+        failed |= any(not holds for _, holds, _ in checks)
+        marks[name] = " (!)" * failed + " (?)" * (row["clean_recall_i2t@1"] < least)
+    return marks
 
 
 DOUBT = """\
@@ -480,10 +403,6 @@ def report_of(record):
     return REPORT if all(record["args"][key] == default[key] for key in same) else {}
 
 
-def report_gain(name):
-    return None if name == "original" else improvement(*REPORT[name], *REPORT["original"])
-
-
 def not_separated(record, shown=str):
     pairs = [" ~ ".join(map(shown, pair["rows"])) for pair in record["paired"] if not pair["separated"]]
     what = "not separated in white-box similarity after these steps (95 % paired, over the images): "
@@ -492,22 +411,23 @@ def not_separated(record, shown=str):
 
 def console_table(record):
     """The table at 80 columns."""
+    marks, report = marks_of(record), report_of(record)
     lines = [
-        setting(record),
+        *setting(record),
         "",
         f"{'':21}{'similarity':^23}{'improvement':^16}{'R@1 i2t':^12}{'train':>8}",
         f"{'':21}{'clean':>7}{'transfer':>9}{'w-box':>7}{'transf.':>8}{'w-box':>8}{'clean':>6}{'w-box':>6}{'time':>8}",
     ]
     for name, row in record["rows"].items():
-        cells = [f"{marked(record, name, 21):21}{row['clean_similarity']:7.3f}{row['transfer_similarity']:9.3f}"]
-        cells.append(f"{row['white_box_similarity']:7.3f}")
+        cells = [f"{name[: 21 - len(marks[name])] + marks[name]:21}"]
+        cells += [f"{row[f'{kind}_similarity']:{width}.3f}" for kind, width in zip(CONDITIONS, (7, 9, 7))]
         cells += [f"{percent(row.get(f'improvement_{kind}')):>8}" for kind in ("transfer", "white_box")]
         cells += [f"{row[f'{kind}_recall_i2t@1']:6.2f}" for kind in ("clean", "white_box")]
         lines.append("".join(cells) + f"{duration(row['training_seconds']):>8}")
-        if name in report_of(record):
-            clean, adversarial = REPORT[name]
-            lines.append(f"{'  the report':21}{clean:7.3f}{adversarial:9.3f}{'':7}{percent(report_gain(name)):>8}")
-    notes = [not_separated(record), *([DOUBT] if doubtful(record) else [])]
+        if name in report:
+            clean, adversarial, gain = report[name]
+            lines.append(f"{'  the report':21}{clean:7.3f}{adversarial:9.3f}{'':7}{percent(gain):>8}")
+    notes = [not_separated(record), *([DOUBT] if "(?)" in "".join(marks.values()) else [])]
     return "\n".join([*lines, "", *(line for note in notes for line in textwrap.wrap(note, 80))])
 
 
@@ -518,8 +438,7 @@ the own caption still comes first, under the margin loss; for JPEG through a dif
 share of the original model's drop that the defence takes away. R@1, R@5: image to text / text to image. success: own
 caption no longer first. training: wall time, offline images included. A model of another input size is attacked in its
 own pixels; the transferred images reach it as files do, through its own preprocessing. R@5 and text to image are
-scored on the same images, not attacked for themselves. Where R@1 is 0, the cosine still falls with further steps.
-"""
+scored on the same images, not attacked for themselves. Where R@1 is 0, the cosine still falls with further steps."""
 
 
 def markdown(text):
@@ -529,13 +448,13 @@ def markdown(text):
 
 def markdown_table(record):
     """table.md: with intervals, and the report's figures beside ours where they are comparable."""
-    report = report_of(record)
+    marks, report = marks_of(record), report_of(record)
     header = ["defence", "clean", "transfer", "white-box", "improvement transfer", "improvement white-box"]
     header += ["R@1 clean", "R@1 white-box", "R@5 white-box", "success", "margin", "n", "training"]
     header += ["report: clean", "report: transfer", "report: improvement"] if report else []
     lines = [header, ["---"] * len(header)]
     for name, row in record["rows"].items():
-        cells = [markdown(marked(record, name))]
+        cells = [markdown(name + marks[name])]
         for kind in ("clean", "transfer", "white_box"):
             low, high = row[f"{kind}_interval"]
             cells.append(f"{row[f'{kind}_similarity']:.4f} [{low:.3f}, {high:.3f}]")
@@ -545,47 +464,44 @@ def markdown_table(record):
         cells += [f"{row['white_box_success_rate']:.0%}", f"{row['white_box_margin']:+.3f}"]
         cells += [str(row["n"]), duration(row["training_seconds"])]
         if name in report:
-            cells += [*(f"{value:.4f}" for value in report[name]), percent(report_gain(name))]
+            clean, adversarial, gain = report[name]
+            cells += [f"{clean:.4f}", f"{adversarial:.4f}", percent(gain)]
         lines.append(cells + [""] * (len(header) - len(cells)))
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    text = f"{markdown(setting(record).replace(chr(10), ', '))}.\n\n{table}\n\n{NOTES}\n"
-    text += f"{not_separated(record, markdown)}.\n"
-    text += f"\n{DOUBT}\n" if doubtful(record) else ""
+    parts = [f"{markdown(', '.join(setting(record)))}.", table, NOTES, f"{not_separated(record, markdown)}."]
+    parts += [DOUBT] if "(?)" in "".join(marks.values()) else []
     if record["sanity"]:
-        text += f"\nSanity battery, {min(SANITY_IMAGES, record['n'])} images; (!) marks a row that fails a check:\n\n"
-        text += "".join(f"- {line}\n" for line in sanity_lines(record, markdown))
-    return text
+        parts.append(f"Sanity battery, {min(SANITY_IMAGES, record['n'])} images; (!) marks a row that fails a check:")
+        parts.append("\n".join(f"- {line}" for line in sanity_lines(record, markdown)))
+    return "\n\n".join(parts) + "\n"
 
 
 def sanity_lines(record, shown=str):
     """One line a check: holds or not, with the figures."""
-    return [
-        f"{'holds' if holds else 'FAILS'}  {shown(name)}: {check}: {figures}"
-        for name, row in record["sanity"].items()
-        for check, holds, figures in row["checks"]
-    ]
+    checks = ((shown(name), *check) for name, row in record["sanity"].items() for check in row["checks"])
+    return [f"{'holds' if holds else 'FAILS'}  {name}: {check}: {figures}" for name, check, holds, figures in checks]
 
 
 @contextmanager
-def drawn(path, *shape, **options):
+def drawn(path, size, *shape, **options):
     """The axes (rows, columns) of a figure, which is saved at the end."""
-    figure, axes = plt.subplots(*shape, squeeze=False, **options)
-    yield axes
+    figure = Figure(size)
+    yield figure.subplots(*shape, squeeze=False, **options)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def draw_examples(path, pixels, pixels_adv, captions, clip):
+def draw_examples(path, row, pixels_adv):
     """Clean, adversarial, delta, and the adversarial image through JPEG 30, with captions and cosines."""
-    clean, adv = (as_images(x, clip.device) for x in (pixels, pixels_adv))
+    clip, captions = row.clip, [row.captions[i] for i in row.own]
+    clean, adv = (as_images(x, clip.device) for x in (row.pixels, pixels_adv))
     columns = {
         "clean": clean,
         "adversarial": adv,
         "delta, amplified 16 times": (0.5 + 16 * (adv - clean)).clamp(0, 1),
         "adversarial, JPEG 30": jpeg(adv, 30),
     }
-    with drawn(path, len(clean), 4, figsize=(11, 2.95 * len(clean))) as axes, torch.no_grad():
+    with drawn(path, (11, 2.95 * len(clean)), len(clean), 4) as axes, torch.no_grad():
         for column, (title, images) in zip(axes.T, columns.items()):
             cosines = (clip.encode_image(images) * clip.encode_text(captions)).sum(-1)
             for axis, image, cosine in zip(column, images, cosines):
@@ -604,7 +520,7 @@ def draw_histograms(path, record):
     rows = record["per_image"]
     every = [value for row in rows.values() for scored in row.values() for value in scored["similarity"]]
     edges = np.linspace(min(every), max(every), 41)
-    with drawn(path, len(rows), 1, figsize=(8, 1.35 * len(rows) + 0.9), sharex=True) as axes:
+    with drawn(path, (8, 1.35 * len(rows) + 0.9), len(rows), sharex=True) as axes:
         for axis, (name, row) in zip(axes[:, 0], rows.items()):
             for condition, (label, colour) in CONDITIONS.items():
                 axis.hist(row[condition]["similarity"], edges, color=colour, alpha=0.55, label=label)
@@ -618,7 +534,7 @@ def draw_histograms(path, record):
 def draw_table(path, record):
     """The table's similarities as bars with their 95 % intervals."""
     rows = record["rows"]
-    with drawn(path, figsize=(max(6.5, 1.25 * len(rows)), 4)) as ((axis,),):
+    with drawn(path, (max(6.5, 1.25 * len(rows)), 4)) as ((axis,),):
         for k, (condition, (label, colour)) in enumerate(CONDITIONS.items()):
             means = np.array([row[f"{condition}_similarity"] for row in rows.values()])
             low, high = np.array([row[f"{condition}_interval"] for row in rows.values()]).T
@@ -631,42 +547,15 @@ def draw_table(path, record):
 
 
 def draw_eps_curves(path, record):
-    """R@1 and similarity of every row against the attack's radius."""
-    with drawn(path, 1, 2, figsize=(10, 4)) as ((left, right),):
-        for name, row in record["sanity"].items():
-            _, similarity, recall = zip(*row["eps_curve"])
-            left.plot(range(len(EPS_CURVE)), similarity, marker=".", label=name)
-            right.plot(range(len(EPS_CURVE)), recall, marker=".", label=name)
-        for axis, label in ((left, "mean cosine with the own caption"), (right, "image-to-text R@1")):
+    """Similarity and R@1 of every row against the attack's radius."""
+    with drawn(path, (10, 4), 1, 2) as (axes,):
+        for k, (axis, label) in enumerate(zip(axes, ("mean cosine with the own caption", "image-to-text R@1")), 1):
+            for name, row in record["sanity"].items():
+                axis.plot([point[k] for point in row["eps_curve"]], marker=".", label=name)
             axis.set_xticks(range(len(EPS_CURVE)), EPS_CURVE)
             axis.set(xlabel=f"eps in grey levels, {min(SANITY_IMAGES, record['n'])} images", ylabel=label)
             axis.axvline(EPS_CURVE.index(8), color="grey", linewidth=0.6, linestyle=":")
-        right.legend(fontsize=8, frameon=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def work_of(rows, args):
-    """Image-steps of all attacks of the table and the battery, at most, and the bytes of the images that they make."""
-    each = args.restarts * len(rows[0].pixels), min(SANITY_IMAGES, len(rows[0].pixels)) * args.sanity
-    looks = 2, 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # both losses; see sanity()
-    images = len(rows) * sum(count * look for count, look in zip(each, looks))
-    return images * args.attack_steps, images * rows[0].pixels[0].nbytes
-
-
-def save_tables(run, shown, examples, pixels_adv, clip):
-    """table.md and the figures; pixels_adv of the first images, for examples.png."""
-    common.save(run.dir / "table.md", markdown_table(shown))
-    count = len(pixels_adv)
-    first = examples[:count]
-    draw_examples(run.dir / "examples.png", first["pixels"], pixels_adv, first["caption"], clip)
-    draw_histograms(run.dir / "histogram.png", shown)
-    draw_table(run.dir / "table.png", shown)
-    (run.dir / "eps_curves.png").unlink(missing_ok=True)  # of a run before
-    if shown["sanity"]:
-        draw_eps_curves(run.dir / "eps_curves.png", shown)
-        print("\n".join(["", *(textwrap.fill(line, 80, subsequent_indent=" " * 7) for line in sanity_lines(shown))]))
+        axes[1].legend(fontsize=8, frameon=False)
 
 
 def main(args):
@@ -680,45 +569,49 @@ def main(args):
         with common.about(f"{run.done} is damaged: make its folder again with --overwrite"):
             print(console_table(run.finished))
         return
-    for name in TRAINED.keys() - stages.keys():
-        print(f"no finished run in {Path(args.output_dir).parent / TRAINED[name]}: the row {name} is left out")
+    for name, stage in TRAINED.items():
+        if name not in stages:
+            print(f"no finished run in {Path(args.output_dir).parent / stage}: the row {name} is left out")
 
     clip = load_clip(args)
     examples = load_examples(args, "eval", range(args.num_images), clip.geometry)
-    candidates = load_candidates(args.candidates, examples)
     rows = build_rows(args, clip, folder, stages, examples)
-    steps, nbytes = work_of(rows, args)
-    run.require_disk(1.1 * nbytes)
-    common.announce(clip, rows[0].pixels, examples["caption"][:], steps)
+    battery = 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # attacks on an image, five times the steps as five; see sanity()
+    table = 2 * args.restarts * len(examples)  # both losses
+    images = len(rows) * (table + battery * min(SANITY_IMAGES, len(examples)) * args.sanity)  # that are made, at most
+    common.announce(clip, rows[0].pixels, examples["caption"][:], images * args.attack_steps)
     for row in rows[1:]:
         if not row.qualities:  # a row behind JPEG has the model of another
             common.check_gradient(row.clip, row.pixels, examples["caption"][:])
-    run.begin()
+    run.begin(1.1 * images * rows[0].pixels[0].nbytes)
 
-    record = {"n": len(examples), "rows": {}, "paired": [], "sanity": {}, "health": {}}
-    per_row, first_lowest = {}, None
+    record = {"args": run.record["args"], "n": len(examples), "rows": {}, "sanity": {}, "health": {}}
+    per_row = {}
     for row in rows:
-        attack = row.attack(args)
-        conditions, lowest, record["health"][row.name] = measure(row, candidates, attack, args.restarts, args.seed, run)
-        per_row[row.name] = conditions
-        summary = record["rows"][row.name] = summarise(conditions, args.seed)
-        summary |= gains(summary, record["rows"]["original"]) | {"training_seconds": row.seconds}
-        summary["gradients"] = "bf16" if row.clip.bf16 else "fp32"
-        first_lowest = lowest[:4].clone() if first_lowest is None else first_lowest
+        attack = common.white_box(args.eps, args.attack_steps, through_jpeg=bool(row.qualities))
+        measured = measure(row, attack, args.restarts, args.seed, run)
+        per_row[row.name], lowest, record["health"][row.name] = measured
+        summary = summarise(per_row[row.name], args.seed, record["rows"].get("original"))
+        gradients = "bf16" if row.clip.bf16 else "fp32"
+        record["rows"][row.name] = summary | {"training_seconds": row.seconds, "gradients": gradients}
+        if row is rows[0] and not common.RANK:
+            draw_examples(run.dir / "examples.png", row.part(slice(4)), lowest[:4])
         if args.sanity:
-            few = slice(SANITY_IMAGES)
-            checks, curve = sanity(row.part(few), candidates.part(few), attack, args.seed, run)
+            checks, curve = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)
             record["sanity"][row.name] = {"checks": checks, "eps_curve": curve}
     record |= {"paired": compare_rows(per_row, args.seed), "coco_ids": examples["coco_id"][:]}
-    record["per_image"] = {
-        name: {kind: {key: values.tolist() for key, values in scored.items()} for kind, scored in conditions.items()}
-        for name, conditions in per_row.items()
-    }
-    shown = {"args": run.record["args"]} | record
+    record["per_image"] = json.loads(json.dumps(per_row, default=np.ndarray.tolist))
     if not common.RANK:
-        save_tables(run, shown, examples, first_lowest, clip)
+        common.save(run.dir / "table.md", markdown_table(record))
+        draw_histograms(run.dir / "histogram.png", record)
+        draw_table(run.dir / "table.png", record)
+        (run.dir / "eps_curves.png").unlink(missing_ok=True)  # of a run before
+        if args.sanity:
+            draw_eps_curves(run.dir / "eps_curves.png", record)
+            for line in ["", *sanity_lines(record)]:
+                print(textwrap.fill(line, 80, subsequent_indent=" " * 7))
     run.finish(clip, **record)
-    print(f"\n{console_table(shown)}\n\nin {run.dir}: table.md, metrics.json and figures")
+    print(f"\n{console_table(record)}\n\nin {run.dir}: table.md, metrics.json and figures")
 
 
 if __name__ == "__main__":

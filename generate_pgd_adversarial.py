@@ -47,9 +47,8 @@ def main(args):
     clip = common.load_clip(args)
     examples = common.load_examples(args, args.split, range(args.num_images), clip.geometry)
     pixels, captions, ids = examples["pixels"], examples["caption"][:], examples["coco_id"][:]
-    run.require_disk(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run keeps
     common.announce(clip, pixels, captions, len(pixels) * args.steps)
-    run.begin()
+    run.begin(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run keeps
     files = [common.twin_name(coco_id) for coco_id in ids]
     if not common.RANK:
         (run.dir / "images").mkdir(exist_ok=True)

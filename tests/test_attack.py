@@ -103,7 +103,7 @@ def test_momentum_and_decay_are_dongs_update_on_a_hand_made_case():
 
     signs = [[1, -1, 1], [1, -1, 1], [-1, 1, 1]]  # of [2, -.5, .5], [.5, -.75, 2.25], [-.25, 1.625, 1.625]
     steps = torch.tensor([1, 0.75, 0.25])[:, None] * EPS / 4 * torch.tensor(signs)  # a half cosine of three steps
-    pgd(loss_fn, torch.full((1, 3, 1, 1), 0.5), Attack(EPS, EPS / 4, 3, momentum=0.5, decay=True))
+    pgd(loss_fn, torch.full((1, 3, 1, 1), 0.5), Attack(EPS, EPS / 4, 3, momentum=0.5))
     torch.testing.assert_close(torch.stack(iterates[1:]), 0.5 + steps.cumsum(0))
 
 

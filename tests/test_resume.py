@@ -158,7 +158,7 @@ KILLS = {  # one after the other in one folder
     "MAT": [Fault(WRITE, 4, "SIGKILL"), Fault("os.replace", 9, "SIGKILL")],
     "offline": [Fault(STEP, 4, "SIGKILL")],
     "online": [Fault("common.pgd", 6, "SIGKILL")],
-    "evaluation": [Fault("common.Run.keep", 2, "SIGKILL"), Fault("matplotlib.pyplot.close", 2, "SIGKILL")],
+    "evaluation": [Fault("common.Run.keep", 2, "SIGKILL"), Fault("matplotlib.figure.Figure.savefig", 2, "SIGKILL")],
     "JPEG": [Fault("common.pgd", 2, "SIGKILL")],
 }
 
@@ -192,7 +192,7 @@ def test_other_flags_do_not_resume_and_are_named(runs, tmp_path):
     assert contents(out)["metadata.jsonl"] != runs.undisturbed("generation")["metadata.jsonl"]
 
 
-STOPPED = "stopped: the same command goes on from what is saved"
+STOPPED = ".*: stopped: the same command goes on from what is saved"
 FULL = ".*(File too large|No space left).*the same command goes on.*"
 ENDS = {  # one after the other in one folder: fault, exit code, its one line
     "generation": [

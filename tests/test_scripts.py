@@ -90,6 +90,7 @@ def test_the_attack_breaks_the_model_and_the_table_adds_up(report):
             assert row[f"{kind}_similarity"] == pytest.approx(np.mean(values))
             assert row[f"{kind}_interval"][0] <= np.mean(values) <= row[f"{kind}_interval"][1]
             assert row[f"{kind}_recall_i2t@1"] == np.mean([rank == 0 for rank in per_image[kind]["rank_i2t"]])
+        assert row["white_box_drop"] == pytest.approx(1 - row["white_box_similarity"] / row["clean_similarity"])
         if name != "original":
             lost, lost_0 = (r["clean_similarity"] - r["white_box_similarity"] for r in (row, original))
             assert row["improvement_white_box"] == pytest.approx(1 - lost / lost_0)

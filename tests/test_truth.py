@@ -20,16 +20,16 @@ ATTACK = common.white_box(8 / 255, 20)
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-    """The tiny CLIP as a row of a few evaluation images with their transferred ones; flags, examples, candidates."""
+    """The tiny CLIP as a row of a few evaluation images with their transferred ones; flags, examples."""
     words = ["--preset", "tiny", "--cache_dir", str(tmp_path_factory.mktemp("cache")), "--num_images", str(IMAGES)]
     args = evaluate.parse_args(words)
     clip = common.load_clip(args)
     examples = common.load_examples(args, "eval", range(IMAGES), clip.geometry)
     candidates, pixels = evaluate.load_candidates("evaluation", examples), examples[:]["pixels"]
-    row = evaluate.Row("original", clip, pixels, pixels)
-    transfer, _ = evaluate.attack_row(common.Attack(8 / 255, 2 / 255, 8), row, candidates)
+    row = evaluate.Row("original", clip, pixels, pixels, *candidates)
+    transfer, _ = evaluate.attack_row(common.Attack(8 / 255, 2 / 255, 8), row)
     row = replace(row, transfer=transfer.numpy())
-    return SimpleNamespace(args=args, examples=examples, candidates=candidates, row=row)
+    return SimpleNamespace(args=args, examples=examples, row=row)
 
 
 @dataclass
@@ -50,7 +50,7 @@ def planted(setup, **functions):
 def failed(row, setup, count=4, steps=5):
     """The checks of the battery that a row fails."""
     few = slice(count)
-    checks, curve = evaluate.sanity(row.part(few), setup.candidates.part(few), replace(ATTACK, steps=steps), 0)
+    checks, curve = evaluate.sanity(row.part(few), replace(ATTACK, steps=steps), 0)
     assert [levels for levels, *_ in curve] == evaluate.EPS_CURVE
     return {check for check, holds, _ in checks if not holds}
 
@@ -77,24 +77,24 @@ def test_a_planted_defence_is_flagged(defence, setup):
 
 def test_nan_features_end_the_run(setup, capsys):
     row = planted(setup, after=lambda features: features * torch.nan)
-    assert "not finite" in refusal(capsys, evaluate.score, row, row.pixels, setup.candidates, 0)
+    assert "not finite" in refusal(capsys, evaluate.score, row, row.pixels, 0)
 
 
 def test_the_worst_case_is_no_milder_than_any_attack(setup):
     row, attack = setup.row, replace(ATTACK, steps=6)
-    conditions, lowest, health = evaluate.measure(row, setup.candidates, attack, 2, 0)
+    conditions, lowest, health = evaluate.measure(row, attack, 2, 0)
     worst = conditions["white_box"]
     for start in (row.transfer, None):
-        found, _ = evaluate.attack_both(replace(attack, seed=7919), row, setup.candidates, start, 0)
+        found, _ = evaluate.attack_both(replace(attack, seed=7919), row, start, 0)
         for pixels_adv in found:
-            scored = evaluate.score(row, pixels_adv, setup.candidates, 0)
+            scored = evaluate.score(row, pixels_adv, 0)
             for key in ("similarity", "margin"):
                 assert (worst[key] <= scored[key] + 1e-6).all() and (worst[key] <= conditions["transfer"][key]).all()
             assert (worst["rank_i2t"] >= scored["rank_i2t"]).all()
-    again = evaluate.score(row, lowest, setup.candidates, 0)["similarity"]
+    again = evaluate.score(row, lowest, 0)["similarity"]
     np.testing.assert_allclose(again, worst["similarity"], atol=1e-5)
     assert common.linf_grey_levels(row.pixels, lowest).max() == 8 == health["max_abs_delta_grey_levels"]
-    _, lowest, _ = evaluate.measure(replace(row, transfer=255 - row.pixels), setup.candidates, attack, 1, 0)
+    _, lowest, _ = evaluate.measure(replace(row, transfer=255 - row.pixels), attack, 1, 0)
     assert common.linf_grey_levels(row.pixels, lowest).max() == 8  # as those of a model of another geometry may lie
 
 
@@ -102,47 +102,47 @@ def test_the_margin_attack_is_on_survivors_alone_and_never_raises_recall(setup, 
     attacks, attack_row = [], evaluate.attack_row
     monkeypatch.setattr(evaluate, "attack_row", lambda *given: attacks.append(given[:2]) or attack_row(*given))
     few = replace(ATTACK, steps=2)  # too weak for all of the images
-    (lowest, narrowest), _ = evaluate.attack_both(few, setup.row, setup.candidates, None, 0)
-    before, after = (evaluate.score(setup.row, x, setup.candidates, 0)["rank_i2t"] for x in (lowest, narrowest))
+    (lowest, narrowest), _ = evaluate.attack_both(few, setup.row, None, 0)
+    before, after = (evaluate.score(setup.row, x, 0)["rank_i2t"] for x in (lowest, narrowest))
     (_, whole), (on_margin, part) = attacks
     assert on_margin.loss == "margin" and 0 < len(part.pixels) == (before == 0).sum() < len(whole.pixels)
     assert torch.equal(lowest[before > 0], narrowest[before > 0])
     assert (after >= before).all() and (after > before).any()
-    lost = replace(ATTACK, steps=40), setup.row, setup.candidates, setup.row.transfer, 0
+    lost = replace(ATTACK, steps=40), setup.row, setup.row.transfer, 0
     assert len(evaluate.attack_both(*lost)[0]) == 1  # nobody is left
 
 
 def test_the_margin_loss_is_the_retrieval_failure_itself(setup, monkeypatch):
     losses = {}
     monkeypatch.setattr(evaluate, "attack_all", lambda attack, loss_at, *_: losses.setdefault(attack.loss, loss_at))
-    scored = evaluate.score(setup.row, setup.row.transfer, setup.candidates, 0)
+    scored = evaluate.score(setup.row, setup.row.transfer, 0)
     for loss, key in (("cosine", "similarity"), ("margin", "margin")):
-        loss_at = evaluate.attack_row(replace(ATTACK, loss=loss), setup.row, setup.candidates)
+        loss_at = evaluate.attack_row(replace(ATTACK, loss=loss), setup.row)
         values = loss_at(slice(0, IMAGES))(common.as_images(setup.row.transfer, torch.device("cpu")))
         np.testing.assert_allclose(-values.detach(), scored[key], atol=1e-5)
     assert ((values.detach().numpy() > 0) == (scored["rank_i2t"] > 0)).all()
 
 
 def test_scores_on_a_hand_made_ranking(setup):
-    candidates = evaluate.Candidates(["a", "b", "c"], torch.arange(3), torch.ones(3, 3, dtype=torch.bool))
+    candidates = {"captions": ["a", "b", "c"], "own": torch.arange(3), "allowed": torch.ones(3, 3, dtype=torch.bool)}
     features = F.normalize(torch.tensor([[3.0, 1, 0], [4, 3, 0], [4, 0, 3]]), dim=1)
-    row = planted(setup, clip=copy.copy(setup.row.clip), after=lambda _: features)
+    row = planted(setup, clip=copy.copy(setup.row.clip), after=lambda _: features, **candidates)
     row.clip.encode_text = lambda texts: torch.eye(3)[: len(texts)]
-    scored = evaluate.score(row, row.pixels[:3], candidates, 0)
+    scored = evaluate.score(row, row.pixels[:3], 0)
     assert scored["rank_i2t"].tolist() == [0, 1, 1]  # image 1 prefers caption 0, image 2 too
     assert scored["rank_t2i"].tolist() == [0, 0, 0]  # each caption prefers its own image
     np.testing.assert_allclose(scored["similarity"], features.diagonal())
     assert scored["margin"][1] == pytest.approx(0.6 - 0.8)
-    candidates.allowed[1, 0] = False  # what is no candidate does not count
-    assert evaluate.score(row, row.pixels[:3], candidates, 0)["rank_i2t"].tolist() == [0, 0, 1]
+    row.allowed[1, 0] = False  # what is no candidate does not count
+    assert evaluate.score(row, row.pixels[:3], 0)["rank_i2t"].tolist() == [0, 0, 1]
     row.after = lambda _: torch.ones(3, 3)
-    assert evaluate.score(row, row.pixels[:3], candidates, 0)["rank_t2i"].tolist() == [2, 2, 2]  # collapsed
+    assert evaluate.score(row, row.pixels[:3], 0)["rank_t2i"].tolist() == [2, 2, 2]  # collapsed
 
 
 def test_mmeb_candidates_are_the_rows_own_lists(setup):
-    candidates, captions = evaluate.load_candidates("mmeb", setup.examples), setup.examples["caption"][:]
-    assert len(candidates.captions) == 120 and candidates.allowed.all()
-    assert [candidates.captions[i] for i in candidates.own] == captions
+    captions, own, allowed = evaluate.load_candidates("mmeb", setup.examples)
+    assert len(captions) == 120 and allowed.all()
+    assert [captions[i] for i in own] == setup.examples["caption"][:]
 
 
 def test_random_jpeg_draws_differ_by_image_and_look_but_not_by_run(setup):
@@ -158,9 +158,9 @@ def test_random_jpeg_draws_differ_by_image_and_look_but_not_by_run(setup):
 
 def test_random_jpeg_is_drawn_alike_in_whatever_batch_an_image_is_attacked(setup, monkeypatch):
     row, attack = replace(setup.row, qualities=("random",)), replace(ATTACK, steps=2)
-    together, _ = evaluate.attack_row(attack, row, setup.candidates, row.transfer)
+    together, _ = evaluate.attack_row(attack, row, row.transfer)
     monkeypatch.setattr(row.clip, "batch_size", 3)
-    apart, _ = evaluate.attack_row(attack, row, setup.candidates, row.transfer)
+    apart, _ = evaluate.attack_row(attack, row, row.transfer)
     assert torch.equal(together, apart)
 
 
@@ -199,7 +199,7 @@ def test_what_a_run_kept_of_some_images_is_not_taken_for_as_many_others(setup):
     few = [[0, 1], [2, 3], [2, 3]]
     attack = replace(ATTACK, steps=2, loss="margin")
     for index in few:
-        row, candidates = setup.row.part(index), setup.candidates.part(index)
-        pixels_adv, _ = evaluate.attack_row(attack, row, candidates, row.transfer, keeper)
+        row = setup.row.part(index)
+        pixels_adv, _ = evaluate.attack_row(attack, row, row.transfer, keeper)
         assert common.linf_grey_levels(pixels_adv, row.pixels).max() <= 8
     assert len(kept) == 2

@@ -141,7 +141,7 @@ def build_pgd(arch, batch, steps, names, args):
 def make_training(clip, images, twins):
     """Functions that make one training step on images and their twins; all train the same weights."""
     model, visual, texts = clip.model.train(), clip.model.visual, captions(len(images))
-    against = clip.encode_text(texts), torch.arange(len(images), device=images.device), clip.logit_scale
+    against = clip.encode_text(texts), torch.arange(len(images), device=images.device), clip.model.logit_scale.exp()
 
     ours_optimizer = torch.optim.AdamW(visual.parameters(), lr=1e-6, fused=True)
 
@@ -153,7 +153,7 @@ def make_training(clip, images, twins):
         loss = sum(common.contrastive_loss(features, *against) for features in halves) / 2
         ours_optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(visual.parameters(), common.MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
         ours_optimizer.step()
 
     optimizer, loss_fn = (

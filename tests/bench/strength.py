@@ -28,12 +28,12 @@ class Defence(torch.nn.Module):
     """A whole defence with the cosines of all captions as logits, or [cosine of the own one, 0] with label 0: the
     gradient of the cross-entropy is then the cosine's times a negative number for each image."""
 
-    def __init__(self, row, candidates, encode_image, here, loss):
+    def __init__(self, row, encode_image, here, loss):
         super().__init__()  # torchattacks asks the parameters for the device
         self.clip, self.encode_image, self.loss = row.clip, encode_image, loss
-        self.text_features = row.clip.encode_text(candidates.captions)
-        own = candidates.own[here].to(row.clip.device)
-        self.own, self.allowed = own, candidates.allowed[here].to(row.clip.device)
+        self.text_features = row.clip.encode_text(row.captions)
+        own = row.own[here].to(row.clip.device)
+        self.own, self.allowed = own, row.allowed[here].to(row.clip.device)
         self.labels = own if loss == "dlr" else torch.zeros_like(own)
 
     def forward(self, images):
@@ -44,13 +44,13 @@ class Defence(torch.nn.Module):
         return torch.cat([cosine, torch.zeros_like(cosine)], 1)
 
 
-def attack_with_torchattacks(loss, row, candidates, args):
+def attack_with_torchattacks(loss, row, args):
     """uint8 adversarial images (N, 3, H, W); the loss ce is the cosine's here, and dlr the margin's."""
     encode, parts = row.view(row.clip.encode_image, args.seed + 1, evaluate.differentiable_jpeg), []
     for start in range(0, len(row.pixels), args.batch_size):
         here = slice(start, start + args.batch_size)
         images = common.as_images(row.pixels[here], row.clip.device)
-        model = Defence(row, candidates, encode, here, loss).eval()
+        model = Defence(row, encode, here, loss).eval()
         torch.manual_seed(args.seed + start)
         # its last layer gives up at the first wrong label; the run below it keeps the highest loss
         attack = torchattacks.APGD(model, eps=args.eps, steps=THEIR_STEPS, n_restarts=1, eot_iter=1, loss=loss)
@@ -59,9 +59,9 @@ def attack_with_torchattacks(loss, row, candidates, args):
     return torch.cat(parts)
 
 
-def worst(row, found, candidates, seed):
+def worst(row, found, seed):
     """Cosine and whether the own caption comes first, the worse of all found images: (N,) each."""
-    scored = [evaluate.score(row, pixels, candidates, seed) for pixels in found]
+    scored = [evaluate.score(row, pixels, seed) for pixels in found]
     ranks = np.maximum.reduce([values["rank_i2t"] for values in scored])
     return {"cosine": np.minimum.reduce([values["similarity"] for values in scored]), "R@1": (ranks == 0).astype(float)}
 
@@ -69,7 +69,7 @@ def worst(row, found, candidates, seed):
 def main(args):
     clip = common.load_clip(args)
     examples = common.load_examples(args, "eval", range(args.num_images), clip.geometry)
-    candidates, stages = evaluate.load_candidates(args.candidates, examples), Path(args.output_dir).parent
+    stages = Path(args.output_dir).parent
     trained = {
         name: stages / stage for name, stage in evaluate.TRAINED.items() if (stages / stage / "best.pt").exists()
     }
@@ -77,9 +77,10 @@ def main(args):
     print(f"n = {len(examples)}, ours {args.attack_steps} steps, torchattacks' APGD {THEIR_STEPS}")
     print(f"{'':32}{'ours':>8} {'95 % interval':18}{'torchattacks':>12}")
     for row in evaluate.build_rows(args, clip, folder, trained, examples):
-        found, _ = evaluate.attack_both(row.attack(args), row, candidates, row.transfer, args.seed)
-        theirs = [attack_with_torchattacks(loss, row, candidates, args) for loss in ("ce", "dlr")]
-        ours, theirs = (worst(row, pixels, candidates, args.seed) for pixels in (found, theirs))
+        attack = common.white_box(args.eps, args.attack_steps, through_jpeg=bool(row.qualities))
+        found, _ = evaluate.attack_both(attack, row, row.transfer, args.seed)
+        theirs = [attack_with_torchattacks(loss, row, args) for loss in ("ce", "dlr")]
+        ours, theirs = (worst(row, pixels, args.seed) for pixels in (found, theirs))
         for key in ours:
             mean, other, (low, high) = ours[key].mean(), theirs[key].mean(), evaluate.interval(ours[key], args.seed)
             loses = mean - other > high - mean
