@@ -143,7 +143,7 @@ def make_parser(doc, batch_size=64):
 
 
 def add_train_args(parser):
-    """Flags read by Trainer and load_training_sets()."""
+    """Flags of both trainings."""
     flag = parser.add_argument_group("training").add_argument
     flag("--lr", type=number(1e-12, 1, float), help="learning rate of AdamW")
     flag("--weight_decay", type=number(0, 100, float), default=0.1, help="on matrices")
@@ -314,6 +314,7 @@ class Run:
         }
         if not RANK:
             self.hold_folder()
+        gather()  # the folder is there before another process looks into it
         self.finished = None if args.overwrite else self.earlier(self.done)
         if self.finished:
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
@@ -417,15 +418,19 @@ def portable(value):
 def stamps(args, inputs=()):
     """{path: what changes with it}: the files of a run's weights and its inputs, files or folders of other runs."""
     paths = [*inputs, *model_files(args.model), *model_files(args.pretrained)]
-    return {
-        portable(str(path)): load_record(path / "metrics.json")["started"] if path.is_dir() else checksum(path)
-        for path in paths
-    }
+    return {portable(str(path)): stamp(path, path.stat()) for path in paths}
+
+
+def stamp(path, status):
+    """What changes when a run's folder is made anew, or a file gets another content."""
+    if path.is_dir():
+        return load_record(path / "metrics.json")["started"]
+    return checksum(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache
-def checksum(path):
-    """sha256 of a file, read once: a run asks for that of its weights often."""
+def checksum(path, size, time_ns):
+    """sha256 of a file, read once while its size and time stay: a run asks for that of its weights often."""
     content = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -729,7 +734,7 @@ SPLITS = {  # split, image column, caption column (a list has the positive first
 
 
 def as_images(pixels, device):
-    """uint8 (B, 3, H, W), numpy or tensor -> float32 in [0, 1] on the device."""
+    """uint8 (B, 3, H, W), numpy or a tensor on the CPU -> float32 in [0, 1] on the device."""
     return torch.tensor(np.asarray(pixels), device=device).float() / 255
 
 
@@ -751,7 +756,8 @@ def load_rows(args, split):
             if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError(f"row {row}: {text_column} is empty, or holds something that is no text")
             kept[coco_id] = {"path": path, "coco_id": coco_id, "texts": [text.strip() for text in texts]}
-        return datasets.Dataset.from_list(list(kept.values()))
+        columns = ("path", "coco_id", "texts")
+        return datasets.Dataset.from_dict({key: [row[key] for row in kept.values()] for key in columns})
 
 
 def open_table(source, split, cache_dir):
@@ -782,9 +788,10 @@ def load_examples(args, split, span, geometry):
             raise ValueError(f"--image_root {args.image_root} is not a folder")
         examples = decode_rows(args.image_root or source, rows.select(span), geometry, args, whole=split == "train")
         broken = [f"{row['path']} ({row['problem']})" for row in examples.remove_columns("pixels") if row["problem"]]
-        if broken and (not args.skip_bad_images or len(broken) == len(examples)):
-            said = f"broken image {broken[0]}, {len(broken)} of {len(examples)}"
-            raise ValueError(f"{said}; --skip_bad_images leaves such images out")
+        if broken and not args.skip_bad_images:
+            raise ValueError(f"broken image {broken[0]}, {len(broken)} in all; --skip_bad_images leaves them out")
+        if len(broken) == len(examples):
+            raise ValueError(f"none of the images could be decoded; {broken[0]}")
         if broken:
             print(f"--{split}_data {source}: {len(broken)} broken images left out, the first {broken[0]}")
             examples = examples.select([i for i, problem in enumerate(examples["problem"][:]) if not problem])
@@ -798,11 +805,11 @@ def decode_rows(source, rows, geometry, args, whole):
     kinds = datasets.Features(rows.features | kinds | {"pixels": datasets.Array3D(shape, "uint8")})
 
     @lru_cache
-    def images():  # looked for when the first is decoded: what is cached asks nothing of a hub
+    def located():  # when the first is decoded: what is cached asks nothing of a hub
         return find_images(source, paths, whole)
 
     def decode(row):
-        files, found = images()
+        files, found = located()
         pixels, problem = np.zeros(shape, np.uint8), ""
         try:
             with files.open(found[row["path"]]) as file:
@@ -810,11 +817,14 @@ def decode_rows(source, rows, geometry, args, whole):
             pixels = transform(read_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
         except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
             problem = describe(error)
+            if not args.skip_bad_images:
+                said = f"broken image {row['path']} ({problem}); --skip_bad_images leaves such images out"
+                raise ValueError(said) from None
         return {"caption": row["texts"][0], "pixels": pixels, "problem": problem}
 
     local = [file for file in Path(source).rglob("*") if file.suffix in (".zip", ".jpg", ".jpeg")]
     seen = sorted([os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns] for file in local)
-    key = digest([source, seen, paths, rows["texts"][:], geometry])
+    key = digest([seen or source, paths, rows["texts"][:], geometry])
     cache = Path(args.cache_dir, f"{key}.arrow")
     cache.parent.mkdir(parents=True, exist_ok=True)
     options = {"features": kinds, "cache_file_name": str(cache), "new_fingerprint": key, "writer_batch_size": 64}
@@ -905,11 +915,11 @@ def load_training_sets(args, geometry):
     training = load_examples(args, "train", range(args.num_images), geometry)
     validation = load_examples(args, "train", range(args.num_images, args.num_images + args.val_images), geometry)
     evaluated = load_rows(args, "eval")
-    used = load_examples(args, "eval", range(min(len(evaluated), preset(args.preset)["eval_images"])), geometry)
     both = datasets.concatenate_datasets([training, validation])
     if shared := {*both["coco_id"]} & {*evaluated["coco_id"]}:
         fail(f"leakage: {len(shared)} COCO ids of --eval_data {args.eval_data} are among the training images, such as "
              f"{min(shared)}")  # fmt: skip
+    used = load_examples(args, "eval", range(min(len(evaluated), preset(args.preset)["eval_images"])), geometry)
     path_of = {row["pixels"].tobytes(): row["path"] for row in used}
     for row in both:
         if twin := path_of.get(row["pixels"].tobytes()):

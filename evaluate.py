@@ -98,7 +98,7 @@ def reproduce(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows: a model, what its images go through first, and the images themselves
+# Rows: a model, what its images go through first, the images themselves, and the captions to retrieve from
 
 
 @dataclass
@@ -125,6 +125,11 @@ class Row:
 
 def build_rows(args, clip, folder, stages, examples):
     """The rows in the table's order; folder: of the transferred images; stages: {row: folder} of finished trainings."""
+    taken = {"original", *TRAINED, *TRAINED.values(), *(f"JPEG {q}" for q in args.qualities)}
+    for name, _ in args.checkpoint:
+        if name in taken:
+            fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
+        taken.add(name)
     candidates, transfer = load_candidates(args.candidates, examples), common.load_adversarial(folder, examples, args)
     original = Row("original", clip, examples[:]["pixels"], transfer, *candidates)
     rows = {"original": original}
@@ -132,10 +137,7 @@ def build_rows(args, clip, folder, stages, examples):
         common.require_same(stage, args, "model", "pretrained", "eps")
         seconds = common.load_record(stage / "metrics.json")["training_seconds"]
         rows[name] = replace(original, name=name, clip=load_clip(args, str(stage / "best.pt")), seconds=seconds)
-    taken = {*TRAINED, *TRAINED.values(), *(f"JPEG {q}" for q in args.qualities)}
     for name, source in args.checkpoint:
-        if name in taken | rows.keys():
-            fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
         rows[name] = replace(in_geometry(original, load_clip(args, source), args), name=name)
     for row in rows.values():
         if leaked := row.clip.train_ids & {*examples["coco_id"]}:
@@ -578,12 +580,12 @@ def main(args):
     rows = build_rows(args, clip, folder, stages, examples)
     battery = 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # attacks on an image, five times the steps as five; see sanity()
     table = 2 * args.restarts * len(examples)  # both losses
-    images = len(rows) * (table + battery * min(SANITY_IMAGES, len(examples)) * args.sanity)  # that are made, at most
-    common.announce(clip, rows[0].pixels, examples["caption"][:], images * args.attack_steps)
+    attacked = len(rows) * (table + battery * min(SANITY_IMAGES, len(examples)) * args.sanity)  # at most
+    common.announce(clip, rows[0].pixels, examples["caption"][:], attacked * args.attack_steps)
     for row in rows[1:]:
         if not row.qualities:  # a row behind JPEG has the model of another
             common.check_gradient(row.clip, row.pixels, examples["caption"][:])
-    run.begin(1.1 * images * rows[0].pixels[0].nbytes)
+    run.begin(1.1 * attacked * rows[0].pixels[0].nbytes)
 
     record = {"args": run.record["args"], "n": len(examples), "rows": {}, "sanity": {}, "health": {}}
     per_row = {}

@@ -141,7 +141,8 @@ def build_pgd(arch, batch, steps, names, args):
 def make_training(clip, images, twins):
     """Functions that make one training step on images and their twins; all train the same weights."""
     model, visual, texts = clip.model.train(), clip.model.visual, captions(len(images))
-    against = clip.encode_text(texts), torch.arange(len(images), device=images.device), clip.model.logit_scale.exp()
+    scale = clip.model.logit_scale.detach().exp()
+    against = clip.encode_text(texts), torch.arange(len(images), device=images.device), scale
 
     ours_optimizer = torch.optim.AdamW(visual.parameters(), lr=1e-6, fused=True)
 
