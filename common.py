@@ -35,13 +35,11 @@ import traceback
 import weakref
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import datasets
 import fsspec
@@ -90,13 +88,11 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def pixel_distance(text):
     """argparse type for a distance on the [0, 1] pixel scale, from one grey level to below 1: '8/255' or '0.0314'."""
     over, _, under = text.partition("/")
-    try:
+    with suppress(ValueError, ZeroDivisionError):
         value = float(over) / float(under or 1)
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if not 1 / 255.5 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not from 1/255 to below 1; for {text} levels write {text}/255")
-    return value
+        if 1 / 255.5 < value < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not from 1/255 to below 1; for {text} levels write {text}/255")
 
 
 def number(low, high=math.inf, kind=int):
@@ -133,7 +129,7 @@ def make_parser(doc, batch_size=64):
     flag("--num_images", type=number(1), help="images to use, the first ones")
     flag("--skip_bad_images", action="store_true", help="leave broken images out and count them")
     flag("--batch_size", type=number(1), default=batch_size, help="images at a time")
-    flag("--num_workers", type=number(1, 1024), default=os.cpu_count(), help="threads that read and write PNGs")
+    flag("--num_workers", type=number(1, 1024), default=os.cpu_count(), help="threads that write PNGs")
     flag("--cache_dir", default="runs/cache", help="for decoded images, uint8")
     flag = parser.add_argument_group("attack: L-inf, pixels in [0, 1], before CLIP's normalisation").add_argument
     flag("--eps", type=pixel_distance, default="8/255", help="radius")
@@ -191,10 +187,8 @@ def run_script(script, args, stage, *words, flags=SHARED):
             words += [f"--{name}"] if given[name] is True else [f"--{name}", str(given[name])]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     argv, sys.argv = sys.argv, words
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")  # in this process: the imports take seconds
-    finally:
-        sys.argv = argv
+    runpy.run_path(str(ROOT / script), run_name="__main__")  # in this process: the imports take seconds
+    sys.argv = argv
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,27 +306,15 @@ class Run:
             "started": datetime.now(timezone.utc).isoformat(),
             "seconds": 0.0,
         }
-        if not RANK:
-            self.hold_folder()
-        gather()  # the folder is there before another process looks into it
-        self.finished = None if args.overwrite else self.earlier(self.done)
+        self.finished, begun = gather(None if RANK else self.take_folder())[0]  # what rank 0 has found there
         if self.finished:
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
-        begun = None if self.done.exists() else self.earlier(self.partial / "run.json")
-        gather()  # all have read what rank 0 may remove now
         if begun:
             self.record |= {"started": begun["started"], "seconds": begun["seconds"]}
             print(f"{self.dir} holds an unfinished run: going on after its first {begun['seconds']:.0f} s")
-        for key in ("commit", "processes"):
-            was, now = (record.get(key) for record in (self.finished or begun or self.record, self.record))
-            if was != now:
-                print(f"note: {self.dir} was made with another {key}: {was}, not {now}")
-        if not RANK and not begun:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        gather()
 
-    def hold_folder(self):
-        """Make the folder, see that it can be written, and hold it until this process ends."""
+    def take_folder(self):
+        """Hold the folder until this process ends; the records of this run in it, finished and unfinished, or None."""
         with about(f"cannot write to --output_dir {self.dir}"):
             self.dir.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.dir, os.O_RDONLY)
@@ -345,6 +327,11 @@ class Run:
             fail(f"another run is writing to {self.dir}: wait for it, or give another --output_dir")
         except OSError:
             pass  # a file system without locks
+        finished = None if self.record["args"]["overwrite"] else self.earlier(self.done)
+        begun = None if self.done.exists() else self.earlier(self.partial / "run.json")
+        if not begun:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        return finished, begun
 
     def earlier(self, file):
         """The record of this run that an earlier process wrote, or None; another run's ends the script."""
@@ -361,6 +348,9 @@ class Run:
         changed = ", ".join(f"{key} {was.get(key)} -> {now.get(key)}" for key in keys)
         if changed and not self.record["args"]["overwrite"]:
             fail(f"{self.dir} holds a run with other flags or inputs ({changed}): --overwrite replaces it")
+        for key in ("commit", "processes"):
+            if not changed and old.get(key) != self.record[key]:
+                print(f"note: {self.dir} was made with another {key}: {old.get(key)}, not {self.record[key]}")
         return None if changed else old
 
     def begin(self, need):
@@ -417,25 +407,14 @@ def portable(value):
 
 def stamps(args, inputs=()):
     """{path: what changes with it}: the files of a run's weights and its inputs, files or folders of other runs."""
+
+    def stamp(path):
+        if path.is_dir():  # a run's
+            return load_record(path / "metrics.json")["started"]
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
     paths = [*inputs, *model_files(args.model), *model_files(args.pretrained)]
-    return {portable(str(path)): stamp(path, path.stat()) for path in paths}
-
-
-def stamp(path, status):
-    """What changes when a run's folder is made anew, or a file gets another content."""
-    if path.is_dir():
-        return load_record(path / "metrics.json")["started"]
-    return checksum(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache
-def checksum(path, size, time_ns):
-    """sha256 of a file, read once while its size and time stay: a run asks for that of its weights often."""
-    content = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            content.update(block)
-    return content.hexdigest()
+    return {portable(str(path)): stamp(path) for path in paths}
 
 
 def load_record(file):
@@ -459,12 +438,18 @@ def git_commit():
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
-def replace_file(path, write):
-    """write(binary file), flushed to disk, then renamed to path: path is whole, or as it was before."""
+def save(path, value):
+    """Write tensors (.pt), a PIL image (.png), plain values or a text: path is whole then, or as it was before."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            if path.suffix == ".pt":
+                torch.save(value, file)
+            elif path.suffix == ".png":
+                value.save(file, "PNG", compress_level=1)  # 6 saves 5 % for 30 % more time
+            else:
+                text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+                file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -472,14 +457,6 @@ def replace_file(path, write):
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def save(path, value):
-    """Write a text, tensors (.pt) or plain values (.json), whole or not at all."""
-    if path.suffix == ".pt":
-        return replace_file(path, lambda file: torch.save(value, file))
-    text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    return replace_file(path, lambda file: file.write(text.encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,7 +497,7 @@ class Clip(torch.nn.Module):
         dtype = torch.bfloat16 if bf16 else torch.float32
         tower = fast_tower(self.model.visual, self.mean, self.std, dtype, held=False)
         if tower:
-            return F.normalize(tower(images), dim=-1)
+            return tower(images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             image_features = self.model.encode_image((images - self.mean) / self.std)
         return F.normalize(image_features.float(), dim=-1)
@@ -530,8 +507,7 @@ class Clip(torch.nn.Module):
     def frozen(self):
         """encode_image with the present weights held fixed, differentiable in the images alone: for attacks."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        tower = fast_tower(self.model.visual, self.mean, self.std, dtype, held=True)
-        return (lambda images: F.normalize(tower(images), dim=-1)) if tower else self.encode_image
+        return fast_tower(self.model.visual, self.mean, self.std, dtype, held=True) or self.encode_image
 
     @torch.no_grad()
     def encode_pixels(self, pixels, encode_image=None):
@@ -564,60 +540,55 @@ def fast_tower(visual, mean, std, dtype, held):
     q, k and v, scaled_dot_product_attention, the last block for the class token only, QuickGELU as a scaled SiLU.
     dtype     of the blocks' products; pixels, residual stream and norms are float32, without which the bf16 gradient of
               some photographs has nothing in common with the exact one
-    held      the weights are constants: differentiable in the pixels alone; else in the weights, too
-    returns   (B, 3, H, W) in [0, 1] -> (B, D), not normalised; None for a tower that is not of the plain kind
+    held      the products' weights are constants: for gradients in the pixels alone; else for those of the weights, too
+    returns   (B, 3, H, W) in [0, 1] -> (B, D), unit norm; None for a tower that is not of the plain kind
     """
     if not is_plain(visual):
         return None
     blocks = visual.transformer.resblocks
     width, patch, heads = len(visual.class_embedding), visual.patch_size[0], blocks[0].attn.num_heads
+    quick = isinstance(blocks[0].mlp.gelu, open_clip.transformer.QuickGELU)  # x sigmoid(ax) = silu(ax) / a
+    scale, activation = (1.702, F.silu) if quick else (1.0, F.gelu)
 
     def exact(*tensors):
         return [tensor.detach() if held else tensor for tensor in tensors]
 
-    def norm(layer):
-        weights = exact(layer.weight, layer.bias) if isinstance(layer, torch.nn.LayerNorm) else None
-        return lambda x: F.layer_norm(x, (width,), *weights, layer.eps) if weights else x
-
-    kernel = visual.conv1.weight / std  # (W, 3, P, P)
-    embed = exact(kernel.flatten(1), -(kernel * mean).sum((1, 2, 3)))
-    token, position, projection = exact(visual.class_embedding, visual.positional_embedding, visual.proj)
-    before, after = norm(visual.ln_pre), norm(visual.ln_post)
-    quick = isinstance(blocks[0].mlp.gelu, open_clip.transformer.QuickGELU)  # x sigmoid(ax) = silu(ax) / a
-    scale, activation = (1.702, F.silu) if quick else (1.0, F.gelu)
-
-    def weights_of(block):  # as layer() takes them
-        first, last, attention = block.mlp.c_fc, block.mlp.c_proj, block.attn
-        inner = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias
-        mlp = first.weight * scale, first.bias * scale, last.weight / scale, last.bias
-        return norm(block.ln_1), norm(block.ln_2), *(tensor.to(dtype) for tensor in exact(*inner, *mlp))
-
-    layers = [weights_of(block) for block in blocks]
-
     def split(x):  # (B, N, k W) -> k of (B, heads, N, W / heads)
         return x.unflatten(2, (-1, heads, width // heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def layer(x, norm_1, norm_2, w_qkv, b_qkv, w_out, b_out, w_1, b_1, w_2, b_2, last):
-        y = norm_1(x).to(dtype)
-        if last:  # the class token alone is read
-            x = x[:, :1]
-            (q,) = split(F.linear(y[:, :1], w_qkv[:width], b_qkv[:width]))
-            k, v = split(F.linear(y, w_qkv[width:], b_qkv[width:]))
-        else:
-            q, k, v = split(F.linear(y, w_qkv, b_qkv))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + F.linear(y, w_out, b_out)
-        return x + F.linear(activation(F.linear(norm_2(x).to(dtype), w_1, b_1)), w_2, b_2)
+    def layer_of(block):
+        first, last, attention = block.mlp.c_fc, block.mlp.c_proj, block.attn
+        inner = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias
+        mlp = first.weight * scale, first.bias * scale, last.weight / scale, last.bias
+        w_qkv, b_qkv, w_out, b_out, w_1, b_1, w_2, b_2 = (tensor.to(dtype) for tensor in exact(*inner, *mlp))
+
+        def layer(x):
+            y = block.ln_1(x).to(dtype)
+            if block is blocks[-1]:  # the class token alone is read
+                x = x[:, :1]
+                (q,) = split(F.linear(y[:, :1], w_qkv[:width], b_qkv[:width]))
+                k, v = split(F.linear(y, w_qkv[width:], b_qkv[width:]))
+            else:
+                q, k, v = split(F.linear(y, w_qkv, b_qkv))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + F.linear(y, w_out, b_out)
+            return x + F.linear(activation(F.linear(block.ln_2(x).to(dtype), w_1, b_1)), w_2, b_2)
+
+        return layer
+
+    kernel = visual.conv1.weight / std  # (W, 3, P, P)
+    embed = exact(kernel.flatten(1), -(kernel * mean).sum((1, 2, 3)))
+    layers = [layer_of(block) for block in blocks]
 
     def encode(images):
         x = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, P, P)
         x = F.linear(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), *embed)  # (B, hw, W)
-        x = before(torch.cat([token.expand(len(x), 1, -1), x], 1) + position)
+        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
+        x = visual.ln_pre(x)
         again = visual.transformer.grad_checkpointing and torch.is_grad_enabled()
-        run = partial(checkpoint, layer, use_reentrant=False) if again else layer
-        for i, weights in enumerate(layers):
-            x = run(x, *weights, i == len(layers) - 1)
-        return after(x[:, 0]) @ projection
+        for layer in layers:
+            x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+        return F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
 
     return encode
 
@@ -739,7 +710,7 @@ def as_images(pixels, device):
 
 
 def load_rows(args, split):
-    """One row for each distinct image of a split, a datasets.Dataset: path, coco_id, texts (the own caption first)."""
+    """One row for each distinct image of a split, a datasets.Dataset: path, coco_id, texts, caption (their first)."""
     source, (name, path_column, text_column, wanted) = getattr(args, f"{split}_data"), SPLITS[split]
     with about(f"--{split}_data {source}: config {CONFIG}, split {name}"):
         table = open_table(source, name, args.cache_dir).select_columns([path_column, text_column])
@@ -755,8 +726,9 @@ def load_rows(args, split):
             texts = [texts] if isinstance(texts, str) else texts
             if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError(f"row {row}: {text_column} is empty, or holds something that is no text")
-            kept[coco_id] = {"path": path, "coco_id": coco_id, "texts": [text.strip() for text in texts]}
-        columns = ("path", "coco_id", "texts")
+            texts = [text.strip() for text in texts]
+            kept[coco_id] = {"path": path, "coco_id": coco_id, "texts": texts, "caption": texts[0]}
+        columns = ("path", "coco_id", "texts", "caption")
         return datasets.Dataset.from_dict({key: [row[key] for row in kept.values()] for key in columns})
 
 
@@ -786,62 +758,50 @@ def load_examples(args, split, span, geometry):
             raise ValueError(f"it has {len(rows)} distinct {kind} and {span.stop} are needed: ask for fewer")
         if args.image_root and not os.path.isdir(args.image_root):
             raise ValueError(f"--image_root {args.image_root} is not a folder")
-        examples = decode_rows(args.image_root or source, rows.select(span), geometry, args, whole=split == "train")
-        broken = [f"{row['path']} ({row['problem']})" for row in examples.remove_columns("pixels") if row["problem"]]
-        if broken and not args.skip_bad_images:
-            raise ValueError(f"broken image {broken[0]}, {len(broken)} in all; --skip_bad_images leaves them out")
-        if len(broken) == len(examples):
-            raise ValueError(f"none of the images could be decoded; {broken[0]}")
-        if broken:
-            print(f"--{split}_data {source}: {len(broken)} broken images left out, the first {broken[0]}")
-            examples = examples.select([i for i, problem in enumerate(examples["problem"][:]) if not problem])
+        rows, folder = rows.select(span), args.image_root or source
+        local = [file for file in Path(folder).rglob("*") if file.suffix in (".zip", ".jpg", ".jpeg")]
+        seen = sorted([os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns] for file in local)
+        key = digest([seen or folder, rows["path"][:], rows["texts"][:], geometry, args.skip_bad_images])
+        cache = Path(args.cache_dir, f"{key}.arrow")
+        if RANK:
+            gather()  # rank 0 decodes first, and the others find it done
+        try:
+            examples = datasets.Dataset.from_file(str(cache))
+        except (ValueError, OSError):  # there is none, or it is damaged
+            cache.unlink(missing_ok=True)
+            examples = decode_rows(folder, rows, geometry, args.skip_bad_images, split == "train", cache)
+        if not RANK:
+            gather()
+        if len(examples) == 0:
+            raise ValueError("none of the images could be decoded")
+        if len(examples) < len(span):
+            print(f"--{split}_data {source}: {len(span) - len(examples)} broken images are left out")
         return examples.with_format("numpy", columns=["pixels"], output_all_columns=True, dtype=np.uint8)
 
 
-def decode_rows(source, rows, geometry, args, whole):
-    """rows with their pixels, captions, and the problem of each broken image, "" for a sound one; cached."""
-    paths, transform, shape = rows["path"][:], to_geometry(geometry), (3, *geometry["size"])
-    kinds = {"caption": datasets.Value("string"), "problem": datasets.Value("string")}
-    kinds = datasets.Features(rows.features | kinds | {"pixels": datasets.Array3D(shape, "uint8")})
+def decode_rows(folder, rows, geometry, skip_bad_images, whole, cache):
+    """rows with their pixels, written to the file cache; a broken image ends it, or is left out."""
+    (files, found), transform = find_images(folder, rows["path"][:], whole), to_geometry(geometry)
+    kinds = datasets.Features(rows.features | {"pixels": datasets.Array3D((3, *geometry["size"]), "uint8")})
 
-    @lru_cache
-    def located():  # when the first is decoded: what is cached asks nothing of a hub
-        return find_images(source, paths, whole)
-
-    def decode(row):
-        files, found = located()
-        pixels, problem = np.zeros(shape, np.uint8), ""
+    def decode(path):
         try:
-            with files.open(found[row["path"]]) as file:
+            with files.open(found[path]) as file:
                 data = file.read(LARGEST_FILE + 1)
-            pixels = transform(read_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
+            return transform(read_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
         except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
-            problem = describe(error)
-            if not args.skip_bad_images:
-                said = f"broken image {row['path']} ({problem}); --skip_bad_images leaves such images out"
-                raise ValueError(said) from None
-        return {"caption": row["texts"][0], "pixels": pixels, "problem": problem}
+            said = f"broken image {path} ({describe(error)})"
+            if not skip_bad_images:
+                raise ValueError(f"{said}; --skip_bad_images leaves such images out") from None
+            print(f"{said}: left out")
 
-    local = [file for file in Path(source).rglob("*") if file.suffix in (".zip", ".jpg", ".jpeg")]
-    seen = sorted([os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns] for file in local)
-    key = digest([seen or source, paths, rows["texts"][:], geometry])
-    cache = Path(args.cache_dir, f"{key}.arrow")
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    options = {"features": kinds, "cache_file_name": str(cache), "new_fingerprint": key, "writer_batch_size": 64}
-    if RANK:
-        gather()  # rank 0 decodes first, and the others find it done
-    if not cache.exists() and shutil.disk_usage(cache.parent).free < 1.1 * len(rows) * math.prod(shape):
-        fail(f"{cache.parent} has no room for {len(rows)} images: make room, or give another --cache_dir")
-    try:
-        examples = rows.map(decode, **options, desc="decode")
-    except (ValueError, OSError):
-        if not cache.exists():
-            raise
-        cache.unlink()  # damaged: made again
-        examples = rows.map(decode, **options, desc="decode")
-    if not RANK:
-        gather()
-    return examples
+    def decode_batch(batch):
+        columns = {**batch, "pixels": [decode(path) for path in batch["path"]]}
+        sound = [i for i, pixels in enumerate(columns["pixels"]) if pixels is not None]
+        return {name: [values[i] for i in sound] for name, values in columns.items()}
+
+    options = {"batched": True, "batch_size": 64, "features": kinds, "new_fingerprint": cache.stem}
+    return rows.map(decode_batch, **options, cache_file_name=str(cache), desc="decode")
 
 
 def to_geometry(geometry):
@@ -917,8 +877,7 @@ def load_training_sets(args, geometry):
     evaluated = load_rows(args, "eval")
     both = datasets.concatenate_datasets([training, validation])
     if shared := {*both["coco_id"]} & {*evaluated["coco_id"]}:
-        fail(f"leakage: {len(shared)} COCO ids of --eval_data {args.eval_data} are among the training images, such as "
-             f"{min(shared)}")  # fmt: skip
+        fail(f"leakage: {len(shared)} COCO ids of --eval_data {args.eval_data} are trained on, such as {min(shared)}")
     used = load_examples(args, "eval", range(min(len(evaluated), preset(args.preset)["eval_images"])), geometry)
     path_of = {row["pixels"].tobytes(): row["path"] for row in used}
     for row in both:
@@ -938,7 +897,7 @@ class Attack:
     eps: float  # L-inf radius, pixels in [0, 1]
     alpha: float  # step size on the same scale
     steps: int
-    seed: int | None = 0  # of the random start; None starts where pgd() is told to
+    seed: int | None = 0  # of the noise around the start; None adds none
     momentum: float = 0.0  # with it, steps shrink by a half cosine
     loss: str = "cosine"  # with the own caption; or margin, the lead of the hardest other caption
 
@@ -950,35 +909,29 @@ def white_box(eps, steps, through_jpeg=False):
     return Attack(eps, first * eps, steps, seed=None, momentum=momentum)
 
 
-class Attacked(NamedTuple):
-    images: torch.Tensor  # (B, 3, H, W) float32: for each image the iterate of the highest loss
-    loss: torch.Tensor  # (B,) that loss
-    zero_grads: torch.Tensor  # (B,) steps whose gradient was zero in every pixel
-    nonfinite: torch.Tensor  # (B,) steps whose loss or gradient was not finite
-
-
 def pgd(loss_fn, images, attack, start=None):
     """Search the L-inf ball around images for the pixels that maximise loss_fn.
 
     images    (B, 3, H, W) float32 in [0, 1], before CLIP's normalisation
     loss_fn   maps such a batch to (B,) losses, one per image, higher = worse for the model
     start     where to begin, like images, moved into the ball; None begins at images
-    returns   Attacked; raises ValueError for pixels outside [0, 1]
+    returns   like images, for each the iterate of the highest loss; {what went wrong: in how many of the images}
 
     PGD of Madry et al. 2018 (arXiv:1706.06083), except that the best iterate is kept, not the last. With momentum it is
     MI-FGSM of Dong et al. 2018 (arXiv:1710.06081, equations 6 and 7), except that the gradient is divided by its mean
     absolute value, which changes no sign, and that steps shrink by a half cosine from alpha to 3 % of it.
 
-    A loss or gradient that is not finite adds nothing and is counted, as is a gradient of zero: neither may pass for
-    robustness. Differentiates the pixels alone: no parameter's .grad is touched. The model's mode is the caller's.
+    A loss or gradient that is not finite adds nothing and is counted, as is a gradient of zero in every pixel: neither
+    may pass for robustness. Pixels outside [0, 1] raise ValueError. Differentiates the pixels alone: no parameter's
+    .grad is touched. The model's mode is the caller's.
     """
     if images.min() < 0 or images.max() > 1:
         raise ValueError(f"pgd needs pixels in [0, 1], got [{images.min():.2f}, {images.max():.2f}]: normalised?")
     lower, upper = (images - attack.eps).clamp(min=0), (images + attack.eps).clamp(max=1)
     x = images if start is None else start.clamp(lower, upper)
     best, best_loss = images, images.new_full(images.shape[:1], -torch.inf)
-    zero_grads = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    nonfinite, velocity = zero_grads.clone(), torch.zeros_like(images)
+    zero = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    nonfinite, velocity = zero.clone(), torch.zeros_like(images)
     for step in range(attack.steps + 1):  # the extra round only scores the last iterate
         last = step == attack.steps
         x = x.detach().requires_grad_(not last)
@@ -989,8 +942,8 @@ def pgd(loss_fn, images, attack, start=None):
             (grad,) = torch.autograd.grad(loss.sum(), x)  # sum, not mean: no factor 1/B to underflow
             finite &= grad.isfinite().flatten(1).all(1)
             grad = torch.where(finite[:, None, None, None], grad, 0)
-            zero_grads += finite & (grad == 0).flatten(1).all(1)
-        nonfinite += ~finite
+            zero |= finite & (grad == 0).flatten(1).all(1)
+        nonfinite |= ~finite
         x, loss = x.detach(), loss.detach()
         better = loss > best_loss  # False where the loss is NaN
         best_loss = torch.where(better, loss, best_loss)
@@ -1001,7 +954,7 @@ def pgd(loss_fn, images, attack, start=None):
         velocity = attack.momentum * velocity + grad / size
         shrink = max(0.03, (1 + math.cos(math.pi * step / attack.steps)) / 2) if attack.momentum else 1
         x = (x + attack.alpha * shrink * velocity.sign()).clamp(lower, upper)
-    return Attacked(best, best_loss, zero_grads, nonfinite)
+    return best, {"images_with_zero_gradients": int(zero.sum()), "images_with_nonfinite_values": int(nonfinite.sum())}
 
 
 def start_noise(images, eps, seed, indices):
@@ -1025,16 +978,16 @@ def to_pixels(images, pixels, eps):
 
 
 def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="attack"):
-    """Attack every image, a batch at a time; under torchrun this process's share of the batches.
+    """Attack every image, a batch at a time; under torchrun this process's share: rank 0 has the first images.
 
     loss_at   slice of the images -> loss_fn of them for pgd(), such as own_caption()
     pixels    uint8 (N, 3, H, W), or a column of examples
-    start     likewise: where to begin; None begins at noise, of attack.seed, or with a seed of None at the images
+    start     likewise: where to begin, if not at the images; a seed of the attack adds noise
     run       keeps each batch under (what, attack, its pixels): one that a killed run has kept is not attacked again
-    yields    (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, attack_health)
+    yields    (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, {what must be looked at before it is believed: count})
     """
     size = min(clip.batch_size, math.ceil(len(pixels) / PROCESSES))  # so that all have work
-    starts = range(0, len(pixels), size)[RANK::PROCESSES]
+    starts = np.array_split(np.arange(0, len(pixels), size), PROCESSES)[RANK].tolist()
     with progress(what=what, total=min(len(starts) * size, len(pixels)) * (attack.steps + 1), unit="step") as bar:
 
         def counted(loss_fn, images):  # image-steps: the bar moves within a batch
@@ -1048,20 +1001,21 @@ def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="att
             done = run and run.kept(key)
             if not done:
                 images, begin = as_images(clean, clip.device), as_images(first, clip.device)
-                if start is None and attack.seed is not None:
-                    begin = start_noise(images, attack.eps, attack.seed, range(here.start, here.stop))
-                found = pgd(partial(counted, loss_at(here)), images, attack, begin)
-                pixels_adv = to_pixels(found.images, clean, attack.eps)
-                done = {"pixels": pixels_adv, "health": attack_health(clean, pixels_adv, found)}
+                if attack.seed is not None:
+                    begin = start_noise(begin, attack.eps, attack.seed, range(here.start, here.stop))
+                images_adv, wrong = pgd(partial(counted, loss_at(here)), images, attack, begin)
+                pixels_adv = to_pixels(images_adv, clean, attack.eps)
+                linf = linf_grey_levels(clean, pixels_adv)
+                moved = {"max_abs_delta_grey_levels": int(linf.max()), "images_unmoved": int((linf == 0).sum())}
+                done = {"pixels": pixels_adv, "health": moved | wrong}
                 if run:
                     run.keep(key, done)
             yield here, done["pixels"], done["health"]
 
 
 def attack_all(*args, **options):
-    """attack_images(), collected from all processes: pixels_adv uint8 (N, 3, H, W) and its attack_health."""
+    """attack_images(), collected from all processes: pixels_adv uint8 (N, 3, H, W) and its health."""
     parts = [part for share in gather(list(attack_images(*args, **options))) for part in share]
-    parts.sort(key=lambda part: part[0].start)
     return torch.cat([pixels for _, pixels, _ in parts]), sum_health([health for *_, health in parts])
 
 
@@ -1070,19 +1024,8 @@ def own_caption(encode_image, text_features):
     return lambda here: lambda images: -(encode_image(images) * text_features[here]).sum(-1)
 
 
-def attack_health(pixels, pixels_adv, attacked):
-    """What must be looked at before an attack's figure is believed, re-measured on its uint8 output."""
-    linf = linf_grey_levels(pixels, pixels_adv)
-    return {
-        "max_abs_delta_grey_levels": int(linf.max()),
-        "images_unmoved": int((linf == 0).sum()),
-        "images_with_zero_gradients": int((attacked.zero_grads > 0).sum()),
-        "images_with_nonfinite_values": int((attacked.nonfinite > 0).sum()),
-    }
-
-
 def sum_health(parts):
-    """The attack_health of several batches as one."""
+    """The health of several batches as one."""
     return {key: (max if key.startswith("max") else sum)(part[key] for part in parts) for key in parts[0]}
 
 
@@ -1103,7 +1046,7 @@ def adversarial_folder(args, split):
 
 
 def require_same(folder, args, *flags):
-    """End unless the run in folder was made with these flags' values in args, and with the weights that lie there."""
+    """The record of the run in folder; ends unless it has args' values of these flags, and is of the same weights."""
     record = load_record(folder / "metrics.json")
     for flag in flags:
         was, now = record["args"].get(flag), portable(getattr(args, flag))
@@ -1111,6 +1054,7 @@ def require_same(folder, args, *flags):
             fail(f"{folder} was made with --{flag} {was}, not {now}: give another folder")
     if stamps(args).items() - record["inputs"].items():
         fail(f"{folder} was made with other weights, which lay under the same name: make it again with --overwrite")
+    return record
 
 
 def load_adversarial(folder, examples, args):
@@ -1119,26 +1063,21 @@ def load_adversarial(folder, examples, args):
     Refused are twins of another attack or caption, missing, altered, of another size, or outside the ball.
     """
     require_same(folder, args, "model", "pretrained", "eps", "alpha", "steps")
-    remedy = "make it again with generate_pgd_adversarial.py --overwrite"
-    with about(f"{folder / 'metadata.jsonl'}: {remedy}"):
-        entries = map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
+    listed, remedy, twins = folder / "metadata.jsonl", "make it again with generate_pgd_adversarial.py --overwrite", []
+    with about(f"{listed}: {remedy}"):
+        entries = map(json.loads, listed.read_text().splitlines())
         checksums = {(entry["coco_id"], entry["caption"]): entry["sha256"] for entry in entries}
-
-    def read_twin(row):
+    for row in progress(examples, "read", unit="image"):
         file = folder / twin_name(row["coco_id"])  # by the id: what the metadata names is not opened
-        try:
+        with about(f"{file}: {remedy}"):
             data, clean = file.read_bytes(), row["pixels"]
             if hashlib.sha256(data).hexdigest() != checksums.get((row["coco_id"], row["caption"])):
                 raise ValueError("it was altered after it was made, or made for another caption")
             twin = np.asarray(read_image(data, ["PNG"])).transpose(2, 0, 1)
             if twin.shape != clean.shape or linf_grey_levels(twin, clean) > grey_levels(args.eps):
                 raise ValueError(f"it is of another size than {row['path']}, or not in the ball around it")
-            return twin
-        except Exception as error:
-            raise ValueError(f"{file}: {describe(error)}") from None
-
-    with about(f"--adversarial_dir {folder}: {remedy}"), ThreadPoolExecutor(args.num_workers) as pool:
-        return np.stack(list(progress(pool.map(read_twin, examples), "read", len(examples), "image")))
+            twins.append(twin)
+    return np.stack(twins)
 
 
 def twin_name(coco_id):

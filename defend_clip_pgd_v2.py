@@ -70,7 +70,7 @@ def main(args):
             visual.eval()  # attack the network that is deployed
             encode_image = clip.frozen()
             start = start_noise(images, args.eps, args.seed + step, mine.tolist())
-            images_adv = pgd(lambda x: distance(encode_image(x), mine), images, attack, start).images  # noqa: B023
+            images_adv, _ = pgd(lambda x: distance(encode_image(x), mine), images, attack, start)  # noqa: B023
             visual.train()
         else:
             images_adv = as_images(offline[mine], clip.device)

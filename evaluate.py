@@ -134,8 +134,7 @@ def build_rows(args, clip, folder, stages, examples):
     original = Row("original", clip, examples[:]["pixels"], transfer, *candidates)
     rows = {"original": original}
     for name, stage in stages.items():
-        common.require_same(stage, args, "model", "pretrained", "eps")
-        seconds = common.load_record(stage / "metrics.json")["training_seconds"]
+        seconds = common.require_same(stage, args, "model", "pretrained", "eps")["training_seconds"]
         rows[name] = replace(original, name=name, clip=load_clip(args, str(stage / "best.pt")), seconds=seconds)
     for name, source in args.checkpoint:
         rows[name] = replace(in_geometry(original, load_clip(args, source), args), name=name)
@@ -194,8 +193,8 @@ def score(row, pixels, seed):
     }
 
 
-def attack_row(attack, row, start=None, run=None):
-    """One attack on one row, from start uint8 (N, 3, H, W) or from noise: pixels_adv likewise, and its health."""
+def attack_row(attack, row, run=None):
+    """One attack on one row, from noise if it has a seed, else from the transferred images: pixels_adv, its health."""
     clip, encode = row.clip, row.clip.frozen()
     text_features = clip.encode_text(row.captions)
     own, allowed = row.own[:, None].to(clip.device), row.allowed.to(clip.device)
@@ -211,19 +210,20 @@ def attack_row(attack, row, start=None, run=None):
 
         return margin if attack.loss == "margin" else common.own_caption(view, text_features[own[:, 0]])(here)
 
+    start = row.transfer if attack.seed is None else None
     what = f"{row.name}, {attack.loss}" + ", bf16" * clip.bf16
     return attack_all(attack, loss_at, row.pixels, clip, start, run, what)
 
 
-def attack_both(attack, row, start, seed, run=None):
+def attack_both(attack, row, seed, run=None):
     """The cosine attack, and on its result the margin attack where the own caption is first: [pixels_adv], [health]."""
-    lowest, health = attack_row(attack, row, start, run)
+    lowest, health = attack_row(attack, row, run)
     ranks = common.gather(score(row, lowest, seed)["rank_i2t"])[0]  # rank 0's floats decide for all
     first, narrowest = np.flatnonzero(ranks == 0), lowest.clone()
     if not len(first):
         return [lowest], [health]
-    on_margin = replace(attack, loss="margin", seed=None)
-    narrowest[first], health_margin = attack_row(on_margin, row.part(first), lowest[first], run)
+    from_lowest = replace(row.part(first), transfer=lowest[first])
+    narrowest[first], health_margin = attack_row(replace(attack, loss="margin", seed=None), from_lowest, run)
     return [lowest, narrowest], [health, health_margin]
 
 
@@ -233,9 +233,8 @@ def measure(row, attack, starts, seed, run=None):
     print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
     # the transferred images count as white-box, too, in the ball that those of another geometry may have left
     sets, healths = [common.to_pixels(as_images(row.transfer, torch.device("cpu")), row.pixels, attack.eps)], []
-    for which in range(starts):
-        begin, noise_seed = (row.transfer, None) if which == 0 else (None, seed + 7919 * which)
-        found, health = attack_both(replace(attack, seed=noise_seed), row, begin, seed, run)
+    for noise_seed in [None, *(seed + 7919 * which for which in range(1, starts))]:
+        found, health = attack_both(replace(attack, seed=noise_seed), row, seed, run)
         sets, healths = sets + found, healths + health
     scored = [score(row, pixels, seed) for pixels in sets]
     every = {key: np.stack([values[key] for values in scored]) for key in transfer}  # (sets, N)
@@ -301,15 +300,15 @@ def compare_rows(per_row, seed):
 def sanity(row, attack, seed, run=None):
     """Carlini et al. 2019 (arXiv:1902.06705), section 5, on one row: [(check, holds, figures)], its eps curve."""
 
-    def attacked(start=row.transfer, **changes):
-        return attack_row(replace(attack, **changes), row, start, run)
+    def attacked(**changes):
+        return attack_row(replace(attack, **changes), row, run)
 
     def similarity(pixels, look=seed):
         return score(row, pixels, look)["similarity"]
 
     def under_both(**changes):
         """Similarities under the cosine attack, and whether the own caption is first under both attacks, (N,) each."""
-        found, _ = attack_both(replace(attack, **changes), row, row.transfer, seed, run)
+        found, _ = attack_both(replace(attack, **changes), row, seed, run)
         scored = [score(row, pixels, seed) for pixels in found]
         return scored[0]["similarity"], np.maximum.reduce([values["rank_i2t"] for values in scored]) < 1
 
@@ -326,7 +325,7 @@ def sanity(row, attack, seed, run=None):
     fall += f"; R@1 {first.mean():.2f}, {still.mean():.2f}"
     checks = [(f"five times the steps lower it by at most {SETTLED} and one image", bool(holds), fall)]
 
-    starts = [base, *(similarity(attacked(None, seed=seed + 7919 * which)[0]) for which in (1, 2))]
+    starts = [base, *(similarity(attacked(seed=seed + 7919 * which)[0]) for which in (1, 2))]
     worst = float(np.minimum.reduce(starts).mean())
     three = f"{figure:.3f}, of three {worst:.3f}"
     checks.append((f"three starts lower it by at most {SETTLED}", figure - worst <= allowed, three))
@@ -405,10 +404,12 @@ def report_of(record):
     return REPORT if all(record["args"][key] == default[key] for key in same) else {}
 
 
-def not_separated(record, shown=str):
+def notes_on(record, marks, shown=str):
+    """What stands under the table: the pairs of rows that are not separated, and what (?) means if a row has it."""
     pairs = [" ~ ".join(map(shown, pair["rows"])) for pair in record["paired"] if not pair["separated"]]
     what = "not separated in white-box similarity after these steps (95 % paired, over the images): "
-    return what + ("; ".join(pairs) or "none, every pair differs")
+    said = what + ("; ".join(pairs) or "none, every pair differs") + "."
+    return [said, DOUBT] if "(?)" in "".join(marks.values()) else [said]
 
 
 def console_table(record):
@@ -429,8 +430,7 @@ def console_table(record):
         if name in report:
             clean, adversarial, gain = report[name]
             lines.append(f"{'  the report':21}{clean:7.3f}{adversarial:9.3f}{'':7}{percent(gain):>8}")
-    notes = [not_separated(record), *([DOUBT] if "(?)" in "".join(marks.values()) else [])]
-    return "\n".join([*lines, "", *(line for note in notes for line in textwrap.wrap(note, 80))])
+    return "\n".join([*lines, "", *(line for note in notes_on(record, marks) for line in textwrap.wrap(note, 80))])
 
 
 NOTES = """\
@@ -470,8 +470,7 @@ def markdown_table(record):
             cells += [f"{clean:.4f}", f"{adversarial:.4f}", percent(gain)]
         lines.append(cells + [""] * (len(header) - len(cells)))
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    parts = [f"{markdown(', '.join(setting(record)))}.", table, NOTES, f"{not_separated(record, markdown)}."]
-    parts += [DOUBT] if "(?)" in "".join(marks.values()) else []
+    parts = [f"{markdown(', '.join(setting(record)))}.", table, NOTES, *notes_on(record, marks, markdown)]
     if record["sanity"]:
         parts.append(f"Sanity battery, {min(SANITY_IMAGES, record['n'])} images; (!) marks a row that fails a check:")
         parts.append("\n".join(f"- {line}" for line in sanity_lines(record, markdown)))
@@ -564,16 +563,16 @@ def main(args):
     if args.reproduce:
         reproduce(args)
     folder = common.adversarial_folder(args, "eval")
-    stages = {name: Path(args.output_dir).parent / stage for name, stage in TRAINED.items()}
-    stages = {name: stage for name, stage in stages.items() if (stage / "metrics.json").exists()}
+    beside = {name: Path(args.output_dir).parent / stage for name, stage in TRAINED.items()}
+    stages = {name: stage for name, stage in beside.items() if (stage / "metrics.json").exists()}
     run = common.Run(args, [folder, *stages.values(), *(f for _, s in args.checkpoint for f in common.model_files(s))])
     if run.finished:
         with common.about(f"{run.done} is damaged: make its folder again with --overwrite"):
             print(console_table(run.finished))
         return
-    for name, stage in TRAINED.items():
+    for name, stage in beside.items():
         if name not in stages:
-            print(f"no finished run in {Path(args.output_dir).parent / stage}: the row {name} is left out")
+            print(f"no finished run in {stage}: the row {name} is left out")
 
     clip = load_clip(args)
     examples = load_examples(args, "eval", range(args.num_images), clip.geometry)
@@ -591,8 +590,7 @@ def main(args):
     per_row = {}
     for row in rows:
         attack = common.white_box(args.eps, args.attack_steps, through_jpeg=bool(row.qualities))
-        measured = measure(row, attack, args.restarts, args.seed, run)
-        per_row[row.name], lowest, record["health"][row.name] = measured
+        per_row[row.name], lowest, record["health"][row.name] = measure(row, attack, args.restarts, args.seed, run)
         summary = summarise(per_row[row.name], args.seed, record["rows"].get("original"))
         gradients = "bf16" if row.clip.bf16 else "fp32"
         record["rows"][row.name] = summary | {"training_seconds": row.seconds, "gradients": gradients}

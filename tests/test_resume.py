@@ -154,7 +154,7 @@ def assert_equal(files, others):
 
 
 KILLS = {  # one after the other in one folder
-    "generation": [Fault("common.pgd", 3, "SIGKILL"), Fault(WRITE, 5, "SIGKILL"), Fault("common.save", 5, "SIGKILL")],
+    "generation": [Fault("common.pgd", 3, "SIGKILL"), Fault(WRITE, 5, "SIGKILL"), Fault("common.save", 11, "SIGKILL")],
     "MAT": [Fault(WRITE, 4, "SIGKILL"), Fault("os.replace", 9, "SIGKILL")],
     "offline": [Fault(STEP, 4, "SIGKILL")],
     "online": [Fault("common.pgd", 6, "SIGKILL")],

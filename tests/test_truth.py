@@ -84,8 +84,8 @@ def test_the_worst_case_is_no_milder_than_any_attack(setup):
     row, attack = setup.row, replace(ATTACK, steps=6)
     conditions, lowest, health = evaluate.measure(row, attack, 2, 0)
     worst = conditions["white_box"]
-    for start in (row.transfer, None):
-        found, _ = evaluate.attack_both(replace(attack, seed=7919), row, start, 0)
+    for seed in (None, 7919):
+        found, _ = evaluate.attack_both(replace(attack, seed=seed), row, 0)
         for pixels_adv in found:
             scored = evaluate.score(row, pixels_adv, 0)
             for key in ("similarity", "margin"):
@@ -101,15 +101,14 @@ def test_the_worst_case_is_no_milder_than_any_attack(setup):
 def test_the_margin_attack_is_on_survivors_alone_and_never_raises_recall(setup, monkeypatch):
     attacks, attack_row = [], evaluate.attack_row
     monkeypatch.setattr(evaluate, "attack_row", lambda *given: attacks.append(given[:2]) or attack_row(*given))
-    few = replace(ATTACK, steps=2)  # too weak for all of the images
-    (lowest, narrowest), _ = evaluate.attack_both(few, setup.row, None, 0)
+    few, row = replace(ATTACK, steps=2), replace(setup.row, transfer=setup.row.pixels)  # too weak for all of the images
+    (lowest, narrowest), _ = evaluate.attack_both(few, row, 0)
     before, after = (evaluate.score(setup.row, x, 0)["rank_i2t"] for x in (lowest, narrowest))
     (_, whole), (on_margin, part) = attacks
     assert on_margin.loss == "margin" and 0 < len(part.pixels) == (before == 0).sum() < len(whole.pixels)
     assert torch.equal(lowest[before > 0], narrowest[before > 0])
     assert (after >= before).all() and (after > before).any()
-    lost = replace(ATTACK, steps=40), setup.row, setup.row.transfer, 0
-    assert len(evaluate.attack_both(*lost)[0]) == 1  # nobody is left
+    assert len(evaluate.attack_both(replace(ATTACK, steps=40), setup.row, 0)[0]) == 1  # nobody is left
 
 
 def test_the_margin_loss_is_the_retrieval_failure_itself(setup, monkeypatch):
@@ -158,9 +157,9 @@ def test_random_jpeg_draws_differ_by_image_and_look_but_not_by_run(setup):
 
 def test_random_jpeg_is_drawn_alike_in_whatever_batch_an_image_is_attacked(setup, monkeypatch):
     row, attack = replace(setup.row, qualities=("random",)), replace(ATTACK, steps=2)
-    together, _ = evaluate.attack_row(attack, row, row.transfer)
+    together, _ = evaluate.attack_row(attack, row)
     monkeypatch.setattr(row.clip, "batch_size", 3)
-    apart, _ = evaluate.attack_row(attack, row, row.transfer)
+    apart, _ = evaluate.attack_row(attack, row)
     assert torch.equal(together, apart)
 
 
@@ -200,6 +199,6 @@ def test_what_a_run_kept_of_some_images_is_not_taken_for_as_many_others(setup):
     attack = replace(ATTACK, steps=2, loss="margin")
     for index in few:
         row = setup.row.part(index)
-        pixels_adv, _ = evaluate.attack_row(attack, row, row.transfer, keeper)
+        pixels_adv, _ = evaluate.attack_row(attack, row, keeper)
         assert common.linf_grey_levels(pixels_adv, row.pixels).max() <= 8
     assert len(kept) == 2

@@ -78,7 +78,7 @@ def main(args):
     print(f"{'':32}{'ours':>8} {'95 % interval':18}{'torchattacks':>12}")
     for row in evaluate.build_rows(args, clip, folder, trained, examples):
         attack = common.white_box(args.eps, args.attack_steps, through_jpeg=bool(row.qualities))
-        found, _ = evaluate.attack_both(attack, row, row.transfer, args.seed)
+        found, _ = evaluate.attack_both(attack, row, args.seed)
         theirs = [attack_with_torchattacks(loss, row, args) for loss in ("ce", "dlr")]
         ours, theirs = (worst(row, pixels, args.seed) for pixels in (found, theirs))
         for key in ours:
