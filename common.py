@@ -38,7 +38,7 @@ import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
 import datasets
@@ -411,10 +411,20 @@ def stamps(args, inputs=()):
     def stamp(path):
         if path.is_dir():  # a run's
             return load_record(path / "metrics.json")["started"]
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return checksum(path, path.stat().st_size, path.stat().st_mtime_ns)
 
     paths = [*inputs, *model_files(args.model), *model_files(args.pretrained)]
     return {portable(str(path)): stamp(path) for path in paths}
+
+
+@lru_cache
+def checksum(path, size, time_ns):
+    """sha256 of a file, read once while its size and time stay: a run asks for that of its weights often."""
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            content.update(block)
+    return content.hexdigest()
 
 
 def load_record(file):
@@ -505,7 +515,7 @@ class Clip(torch.nn.Module):
     forward = encode_image  # for DistributedDataParallel
 
     def frozen(self):
-        """encode_image with the present weights held fixed, differentiable in the images alone: for attacks."""
+        """encode_image of the present weights for attacks: differentiable in the images alone, by autograd.grad."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         return fast_tower(self.model.visual, self.mean, self.std, dtype, held=True) or self.encode_image
 
@@ -540,7 +550,7 @@ def fast_tower(visual, mean, std, dtype, held):
     q, k and v, scaled_dot_product_attention, the last block for the class token only, QuickGELU as a scaled SiLU.
     dtype     of the blocks' products; pixels, residual stream and norms are float32, without which the bf16 gradient of
               some photographs has nothing in common with the exact one
-    held      the products' weights are constants: for gradients in the pixels alone; else for those of the weights, too
+    held      what is rearranged of the weights is constant: for gradients in the pixels alone, by autograd.grad
     returns   (B, 3, H, W) in [0, 1] -> (B, D), unit norm; None for a tower that is not of the plain kind
     """
     if not is_plain(visual):
@@ -762,17 +772,19 @@ def load_examples(args, split, span, geometry):
         local = [file for file in Path(folder).rglob("*") if file.suffix in (".zip", ".jpg", ".jpeg")]
         seen = sorted([os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns] for file in local)
         key = digest([seen or folder, rows["path"][:], rows["texts"][:], geometry, args.skip_bad_images])
-        cache = Path(args.cache_dir, f"{key}.arrow")
+        cache = Path(args.cache_dir, f"{key}.arrow").absolute()
         if RANK:
             gather()  # rank 0 decodes first, and the others find it done
         try:
             examples = datasets.Dataset.from_file(str(cache))
+            if len(examples) < len(span) and not args.skip_bad_images:
+                raise ValueError("it was cut")
         except (ValueError, OSError):  # there is none, or it is damaged
-            cache.unlink(missing_ok=True)
             examples = decode_rows(folder, rows, geometry, args.skip_bad_images, split == "train", cache)
         if not RANK:
             gather()
         if len(examples) == 0:
+            cache.unlink(missing_ok=True)  # the next run says again which, and why
             raise ValueError("none of the images could be decoded")
         if len(examples) < len(span):
             print(f"--{split}_data {source}: {len(span) - len(examples)} broken images are left out")
@@ -781,6 +793,10 @@ def load_examples(args, split, span, geometry):
 
 def decode_rows(folder, rows, geometry, skip_bad_images, whole, cache):
     """rows with their pixels, written to the file cache; a broken image ends it, or is left out."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    need = 1.1 * len(rows) * 3 * math.prod(geometry["size"])
+    if shutil.disk_usage(cache.parent).free < need:
+        fail(f"--cache_dir {cache.parent} needs {need / 1e9:.2f} GB for decoded images: make room first")
     (files, found), transform = find_images(folder, rows["path"][:], whole), to_geometry(geometry)
     kinds = datasets.Features(rows.features | {"pixels": datasets.Array3D((3, *geometry["size"]), "uint8")})
 
@@ -801,6 +817,7 @@ def decode_rows(folder, rows, geometry, skip_bad_images, whole, cache):
         return {name: [values[i] for i in sound] for name, values in columns.items()}
 
     options = {"batched": True, "batch_size": 64, "features": kinds, "new_fingerprint": cache.stem}
+    options["load_from_cache_file"] = False  # what lies there is damaged
     return rows.map(decode_batch, **options, cache_file_name=str(cache), desc="decode")
 
 

@@ -106,7 +106,7 @@ class Row:
     name: str
     clip: common.Clip
     pixels: object  # uint8 (N, 3, H, W), numpy
-    transfer: object  # likewise, attacked on the original model
+    transfer: object  # likewise, attacked on the original model: where an attack without a seed starts
     captions: list[str]  # to retrieve from, M distinct ones
     own: torch.Tensor  # (N,) index of each image's own caption
     allowed: torch.Tensor  # (N, M) bool: candidates of each image

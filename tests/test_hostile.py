@@ -677,7 +677,7 @@ JSON = st.recursive(st.none() | st.integers() | st.floats() | WORD, lambda x: st
 @settings(max_examples=100, **FEW)
 @given(st.integers(0, 2), st.tuples(st.sampled_from(["coco_id", "sha256"]), JSON) | JSON | st.binary(max_size=8))
 def test_a_line_of_metadata_changes_no_twin_or_is_refused_in_one_line(at, change):
-    args = SimpleNamespace(model="m", pretrained="", eps=8 / 255, alpha=2 / 255, steps=1, num_workers=2)
+    args = SimpleNamespace(model="m", pretrained="", eps=8 / 255, alpha=2 / 255, steps=1)
     clean = np.arange(3 * 3 * 8 * 8, dtype=np.uint8).reshape(3, 3, 8, 8)
     examples = [{"coco_id": i, "caption": f"c{i}", "pixels": pixels, "path": f"{i}"} for i, pixels in enumerate(clean)]
     with tempfile.TemporaryDirectory() as name:

@@ -94,6 +94,7 @@ def test_the_worst_case_is_no_milder_than_any_attack(setup):
     again = evaluate.score(row, lowest, 0)["similarity"]
     np.testing.assert_allclose(again, worst["similarity"], atol=1e-5)
     assert common.linf_grey_levels(row.pixels, lowest).max() == 8 == health["max_abs_delta_grey_levels"]
+    assert health["images_unmoved"] == 0
     _, lowest, _ = evaluate.measure(replace(row, transfer=255 - row.pixels), attack, 1, 0)
     assert common.linf_grey_levels(row.pixels, lowest).max() == 8  # as those of a model of another geometry may lie
 

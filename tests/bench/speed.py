@@ -298,6 +298,7 @@ def run_gpu(args, device="cuda"):
         print(f"{name:<30}{seconds:>8.3f}{count / seconds:>9.1f}{shares}{peak:>10.1f}", flush=True)
 
     def compiled(**options):
+        clip.model.requires_grad_(False)  # it would differentiate every input that asks for it
         return lambda encode_image: torch.compile(encode_image, **options)
 
     def graphed(encode_image):
