@@ -5,7 +5,7 @@ Each batch holds every image twice, as it is and augmented; the loss is the mean
 The augmentations know nothing of the attack: brightness and contrast, Gaussian blur, Gaussian noise.
 
     python defend_clip_mat_v2.py --batch_size 16 --lr 1e-5 --epochs 3
-    python defend_clip_mat_v2.py --preset tiny --lr 4e-4
+    python defend_clip_mat_v2.py --preset tiny
 
 Files written to --output_dir (default runs/<preset>/mat):
     best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens
@@ -32,7 +32,7 @@ def parse_args(argv=None):
 
 
 def augment(images, seeds):
-    """Brightness and contrast, blur, then noise, each of random strength: (B, 3, H, W) in [0, 1]; one seed an image."""
+    """Brightness, contrast and blur of random strength, then noise: (B, 3, H, W) in [0, 1]; one seed an image."""
     draws = [np.random.default_rng(seed) for seed in seeds]
 
     def uniform(low, high):
@@ -77,8 +77,8 @@ def main(args):
         images_aug = augment(images, [[args.seed, step, index] for index in mine])
 
         features = trainer.encode(images, images_aug, len(batch))  # clean, augmented: (B, D) each, of all processes
-        own = trainer.text_features[batch], trainer.caption_ids[batch]
-        clean_loss, aug_loss = (contrastive_loss(x, *own, clip.model.logit_scale.exp()) for x in features)
+        text_features = trainer.text_features[batch]
+        clean_loss, aug_loss = (contrastive_loss(x, text_features, clip.model.logit_scale.exp()) for x in features)
         loss = (clean_loss + aug_loss) / 2
 
         optimizer.zero_grad(set_to_none=True)

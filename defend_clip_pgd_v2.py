@@ -6,13 +6,13 @@ contrastive as in TeCoA (Mao et al. 2023, arXiv:2212.07016), or the distance of 
 arXiv:2402.12336) to the original model's features. The twins are
 
     offline (the report's, the default): made once against the original model by generate_pgd_adversarial.py, which this
-        script runs first if --adversarial_dir is not there. The model can learn them by heart: look at the white-box
-        figures, not at the transfer ones;
+        script runs first if they are not there. The model can learn them by heart: look at the white-box figures, not
+        at the transfer ones;
     online (--online_steps K): made during training against the present weights by K steps of PGD (Madry et al. 2018)
         from noise, with FARE's loss on both halves.
 
     python defend_clip_pgd_v2.py --batch_size 16 --lr 1e-5 --epochs 3 --loss_threshold 0.1
-    python defend_clip_pgd_v2.py --preset tiny --online_steps 2 --lr 1.6e-3
+    python defend_clip_pgd_v2.py --preset tiny --online_steps 2
 
 Files written to --output_dir (default runs/<preset>/pgd, with --online_steps runs/<preset>/online):
     best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens
@@ -32,11 +32,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("adversarial images (this script only)").add_argument
     flag("--adversarial_dir", help="of --split train; if not given, adversarial_train beside --output_dir")
     flag("--online_steps", type=common.number(0, 10**6), default=0, help="PGD steps on each batch; 0: offline")
-    return common.parse_flags(parser, argv, stage, lambda _: "train")
-
-
-def stage(chosen):
-    return "online" if chosen.online_steps else "pgd"
+    return common.parse_flags(parser, argv, lambda given: "online" if given.online_steps else "pgd", lambda _: "train")
 
 
 def main(args):
@@ -79,8 +75,8 @@ def main(args):
         if args.online_steps:
             clean_loss, adv_loss = (distance(x, batch).mean() for x in features)
         else:
-            own = trainer.text_features[batch], trainer.caption_ids[batch]
-            clean_loss, adv_loss = (contrastive_loss(x, *own, clip.model.logit_scale.exp()) for x in features)
+            text_features = trainer.text_features[batch]
+            clean_loss, adv_loss = (contrastive_loss(x, text_features, clip.model.logit_scale.exp()) for x in features)
         loss = (clean_loss + adv_loss) / 2
 
         optimizer.zero_grad(set_to_none=True)

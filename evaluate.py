@@ -17,7 +17,6 @@ Files written to --output_dir (default runs/<preset>/evaluation); the stages' fo
 
 import argparse
 import itertools
-import json
 import math
 import re
 import textwrap
@@ -55,8 +54,7 @@ def checkpoint(text):
     """argparse type: NAME=PATH_OR_MODEL."""
     name, _, source = text.partition("=")
     if not name or not (source.startswith(("local-dir:", "hf-hub:")) or Path(source).is_file()):
-        forms = "NAME=FILE with a file that exists, NAME=local-dir:DIR or NAME=hf-hub:ORG/NAME"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {forms}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=a file, NAME=local-dir:DIR or NAME=hf-hub:ORG/NAME")
     return name, source
 
 
@@ -64,10 +62,9 @@ def parse_args(argv=None):
     parser = common.make_parser(__doc__)
     flag = parser.add_argument_group("rows of the table").add_argument
     flag("--qualities", type=jpeg_quality, nargs="*", default=[75, 50, 30], help="a JPEG row each; random: from 30-75")
-    further = {"action": "append", "default": []}
-    flag("--defence", **further, metavar="ROW+jpegQ", help="a further row: JPEG in front of a model; repeatable")
+    flag("--defence", action="append", default=[], metavar="ROW+jpegQ", help="a row: JPEG before a model; repeatable")
     model = "a further row: checkpoint or bare visual tower for --model, local-dir:DIR, hf-hub:ORG/NAME; repeatable"
-    flag("--checkpoint", **further, type=checkpoint, metavar="NAME=PATH_OR_MODEL", help=model)
+    flag("--checkpoint", action="append", default=[], type=checkpoint, metavar="NAME=PATH_OR_MODEL", help=model)
     flag("--adversarial_dir", help="of --split eval; if not given, adversarial_eval beside --output_dir")
     flag = parser.add_argument_group("measuring").add_argument
     flag("--attack_steps", type=number(1, 10**6), help="of the white-box attack; --steps are the transferred images'")
@@ -79,22 +76,16 @@ def parse_args(argv=None):
     return common.parse_flags(parser, argv, lambda _: "evaluation", lambda _: "eval")
 
 
-# Learning rates of the tiny presets, chosen alike: of 1e-4, 4e-4, 1.6e-3 and 6.4e-3 that of the highest white-box R@1,
-# then cosine, on 200 further training images, among those that cost at most 5 points of clean R@1 there, or the least.
-TINY_RATES = {"mat": 4e-4, "pgd": 1e-4, "online": 1.6e-3}
-
-
 def reproduce(args):
     """Run the stages, each as its own command; one that is complete and was made with these flags ends at once."""
     flags = f"{common.SHARED} overwrite"
-    rates = {name: [] if args.preset == "report" else ["--lr", rate] for name, rate in TINY_RATES.items()}
     train, pgd = "defend_clip_mat_v2.py", "defend_clip_pgd_v2.py"
     attack, evaluated = "generate_pgd_adversarial.py", ["--split", "eval", "--num_images", args.num_images]
     common.run_script(attack, args, "adversarial_train", "--split", "train", flags=f"{flags} batch_size")
     common.run_script(attack, args, "adversarial_eval", *evaluated, flags=f"{flags} batch_size")
-    common.run_script(train, args, "mat", *rates["mat"], flags=flags)
-    common.run_script(pgd, args, "pgd", "--loss_threshold", 0.1, *rates["pgd"], flags=flags)
-    common.run_script(pgd, args, "online", "--online_steps", 2, *rates["online"], flags=flags)
+    common.run_script(train, args, "mat", flags=flags)
+    common.run_script(pgd, args, "pgd", "--loss_threshold", 0.1, flags=flags)
+    common.run_script(pgd, args, "online", "--online_steps", 2, flags=flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +128,11 @@ def build_rows(args, clip, folder, stages, examples):
         seconds = common.require_same(stage, args, "model", "pretrained", "eps")["training_seconds"]
         rows[name] = replace(original, name=name, clip=load_clip(args, str(stage / "best.pt")), seconds=seconds)
     for name, source in args.checkpoint:
-        rows[name] = replace(in_geometry(original, load_clip(args, source), args), name=name)
+        rows[name] = row = replace(original, name=name, clip=load_clip(args, source))
+        if row.clip.geometry != clip.geometry:  # the same images in its own, the transferred ones as files reach it
+            row.pixels = load_examples(args, "eval", range(args.num_images), row.clip.geometry)[:]["pixels"]
+            transform = common.to_geometry(row.clip.geometry)
+            row.transfer = np.stack([transform(Image.fromarray(image.transpose(1, 2, 0))) for image in transfer])
     for row in rows.values():
         if leaked := row.clip.train_ids & {*examples["coco_id"]}:
             fail(f"leakage: {row.name} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
@@ -150,16 +145,6 @@ def build_rows(args, clip, folder, stages, examples):
             behind = rows[short.get(model, model)]
             rows[name] = replace(behind, name=name, qualities=behind.qualities + steps)
     return list(rows.values())
-
-
-def in_geometry(original, clip, args):
-    """The original's row for another model: the same images in its geometry, the transferred ones as files reach it."""
-    if clip.geometry == original.clip.geometry:
-        return replace(original, clip=clip)
-    pixels = load_examples(args, "eval", range(args.num_images), clip.geometry)[:]["pixels"]
-    transform = common.to_geometry(clip.geometry)
-    transfer = [transform(Image.fromarray(image.transpose(1, 2, 0))) for image in original.transfer]
-    return replace(original, clip=clip, pixels=pixels, transfer=np.stack(transfer))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,9 +555,8 @@ def main(args):
         with common.about(f"{run.done} is damaged: make its folder again with --overwrite"):
             print(console_table(run.finished))
         return
-    for name, stage in beside.items():
-        if name not in stages:
-            print(f"no finished run in {stage}: the row {name} is left out")
+    for name, stage in sorted(beside.items() - stages.items()):
+        print(f"no finished run in {stage}: the row {name} is left out")
 
     clip = load_clip(args)
     examples = load_examples(args, "eval", range(args.num_images), clip.geometry)
@@ -582,12 +566,11 @@ def main(args):
     attacked = len(rows) * (table + battery * min(SANITY_IMAGES, len(examples)) * args.sanity)  # at most
     common.announce(clip, rows[0].pixels, examples["caption"][:], attacked * args.attack_steps)
     for row in rows[1:]:
-        if not row.qualities:  # a row behind JPEG has the model of another
-            common.check_gradient(row.clip, row.pixels, examples["caption"][:])
+        common.check_gradient(row.clip, row.pixels, examples["caption"][:])
     run.begin(1.1 * attacked * rows[0].pixels[0].nbytes)
 
     record = {"args": run.record["args"], "n": len(examples), "rows": {}, "sanity": {}, "health": {}}
-    per_row = {}
+    per_row = record["per_image"] = {}
     for row in rows:
         attack = common.white_box(args.eps, args.attack_steps, through_jpeg=bool(row.qualities))
         per_row[row.name], lowest, record["health"][row.name] = measure(row, attack, args.restarts, args.seed, run)
@@ -600,7 +583,6 @@ def main(args):
             checks, curve = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)
             record["sanity"][row.name] = {"checks": checks, "eps_curve": curve}
     record |= {"paired": compare_rows(per_row, args.seed), "coco_ids": examples["coco_id"][:]}
-    record["per_image"] = json.loads(json.dumps(per_row, default=np.ndarray.tolist))
     if not common.RANK:
         common.save(run.dir / "table.md", markdown_table(record))
         draw_histograms(run.dir / "histogram.png", record)

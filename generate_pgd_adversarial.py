@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make adversarial images with a caption-aware PGD attack, as a data set in the Hugging Face ImageFolder form.
 
-Each image is moved inside an L-inf ball so that its cosine with its own caption falls as low as 20 steps can bring it:
+Each image is moved inside an L-inf ball so that its cosine with its own caption falls as low as --steps can bring it:
 Madry et al. 2018 (arXiv:1706.06083) from a uniform random start, keeping the best iterate. Attacked is the original
 model, so these images measure *transfer* when they are shown to a defended one.
 
@@ -11,7 +11,7 @@ model, so these images measure *transfer* when they are shown to a defended one.
 Files written to --output_dir (default runs/<preset>/adversarial_<split>):
     images/*.png     8 bits, rounded inside the ball
     metadata.jsonl   file_name, caption, coco_id, clean and adversarial similarity, linf in grey levels, sha256
-    metrics.json     the sums, re-measured on the saved files
+    metrics.json     the means, measured on the saved files
 """
 
 import hashlib
@@ -28,8 +28,7 @@ def parse_args(argv=None):
     parser = common.make_parser(__doc__)
     flag = parser.add_argument_group("generation (this script only)").add_argument
     flag("--split", choices=["train", "eval"], default="train", help="images to attack")
-    stage = "adversarial_{}".format
-    return common.parse_flags(parser, argv, lambda chosen: stage(chosen.split), lambda chosen: chosen.split)
+    return common.parse_flags(parser, argv, lambda given: f"adversarial_{given.split}", lambda given: given.split)
 
 
 def write_png(path, pixels):
@@ -49,11 +48,9 @@ def main(args):
     common.announce(clip, pixels, captions, len(pixels) * args.steps)
     run.begin(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run keeps
     files = [common.twin_name(coco_id) for coco_id in ids]
-    if not common.RANK:
-        (run.dir / "images").mkdir(exist_ok=True)
-        for stale in {*(run.dir / "images").glob("[0-9]*.png")} - {run.dir / file for file in files}:
-            stale.unlink()  # of a run with more images
-    common.gather()
+    (run.dir / "images").mkdir(exist_ok=True)
+    for stale in {*(run.dir / "images").glob("[0-9]*.png")} - {run.dir / file for file in files}:
+        stale.unlink(missing_ok=True)  # of a run with more images; another process may have done it
 
     attack, text_features = common.Attack(args.eps, args.alpha, args.steps, args.seed), clip.encode_text(captions)
     loss_at = common.own_caption(clip.frozen(), text_features)

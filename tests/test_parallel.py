@@ -12,10 +12,10 @@ from conftest import ROOT, TINY, jsonl, metrics, refusal, shell
 
 import common
 
-TRAIN, EVAL, BATCH = 21, 5, 4  # a last batch that is smaller, and images that two processes cannot share evenly
+TRAIN, EVAL = 21, 5  # a last batch that is smaller, and images that two processes cannot share evenly
 SMALL = ["--preset", "smoke", "--steps", 2, "--batch_size", 2]
 EVALUATED = [*SMALL, "--num_images", EVAL, "--qualities", 50]
-TRAINING = [*SMALL, "--num_images", TRAIN, "--val_images", 3, "--epochs", 1]
+TRAINING = [*SMALL, "--num_images", TRAIN, "--val_images", 3, "--epochs", 1, "--batch_size", 8]
 COMMANDS = {  # in their order, by their folder
     "adversarial_train": ["generate_pgd_adversarial.py", *SMALL, "--num_images", TRAIN],
     "adversarial_eval": ["generate_pgd_adversarial.py", *SMALL, "--split", "eval", "--num_images", EVAL],
@@ -42,11 +42,10 @@ with common.process_group():
 """
 
 
-def commands(folder, batch):
-    """All of them into one folder, trainings with so large a batch."""
+def commands(folder):
+    """All of them into one folder."""
     for stage, words in COMMANDS.items():
-        words = [*words, "--output_dir", folder / stage, "--cache_dir", folder / "cache"]
-        yield [*words, "--batch_size", batch] if stage in TRAININGS else words
+        yield [*words, "--output_dir", folder / stage, "--cache_dir", folder / "cache"]
 
 
 def launch(folder, *commands, fails=False):
@@ -66,7 +65,7 @@ def launch(folder, *commands, fails=False):
 def two(tmp_path_factory):
     """Every script by two processes; (folder, what each process printed)."""
     folder = tmp_path_factory.mktemp("two")
-    return folder, launch(folder, *commands(folder, BATCH))
+    return folder, launch(folder, *commands(folder))
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +79,9 @@ def failing(two, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(two, failing, tmp_path_factory):
-    """The same by one process, the trainings with the double batch; evaluated are the trainings of two."""
+    """The same by one process; evaluated are the trainings of two."""
     folder = tmp_path_factory.mktemp("one")
-    for words in commands(folder, 2 * BATCH):
+    for words in commands(folder):
         if words[0] == "evaluate.py":
             for stage in TRAININGS:
                 (folder / stage).rename(folder / f"{stage}_of_one")
@@ -103,7 +102,7 @@ def test_two_processes_make_the_same_adversarial_images_in_the_same_order(one, t
             assert records[0][key] == records[1][key]
 
 
-def test_two_processes_train_like_one_with_the_double_batch(one, two):
+def test_two_processes_train_like_one(one, two):
     before = open_clip.create_model(f"local-dir:{TINY}/clip").visual.state_dict()
     for stage in TRAININGS:
         folders = one / f"{stage}_of_one", two[0] / stage

@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(kind, runs, tmp_path):
 def test_a_run_killed_after_its_last_file_is_complete(runs, tmp_path):
     assert runs.run("generation", tmp_path / "out", Fault("shutil.rmtree", 2, "SIGKILL"))[0] == -signal.SIGKILL
     assert (tmp_path / "out" / ".partial").exists()
-    code, printed, _ = runs.run("generation", tmp_path / "out")
+    code, printed, _ = runs.run("generation", tmp_path / "out", None, "--batch_size", 3)  # no image depends on it
     assert code == 0 and "nothing to do" in printed
     assert_equal(contents(tmp_path / "out"), runs.undisturbed("generation"))
 

@@ -142,7 +142,7 @@ def make_training(clip, images, twins):
     """Functions that make one training step on images and their twins; all train the same weights."""
     model, visual, texts = clip.model.train(), clip.model.visual, captions(len(images))
     scale = clip.model.logit_scale.detach().exp()
-    against = clip.encode_text(texts), torch.arange(len(images), device=images.device), scale
+    against = clip.encode_text(texts), scale
 
     ours_optimizer = torch.optim.AdamW(visual.parameters(), lr=1e-6, fused=True)
 
