@@ -40,6 +40,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
+from itertools import accumulate
+from operator import and_, eq
 from pathlib import Path, PurePosixPath
 
 import datasets
@@ -885,7 +887,7 @@ def match_files(paths, names):
     for path in paths:
         folders = PurePosixPath(path).parts[::-1]
         if same := named.get(folders[0]):
-            found[path] = max(same, key=lambda n: len(os.path.commonprefix([folders, PurePosixPath(n).parts[::-1]])))
+            found[path] = max(same, key=lambda n: sum(accumulate(map(eq, folders, PurePosixPath(n).parts[::-1]), and_)))
     return found
 
 

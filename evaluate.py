@@ -24,10 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 import common
@@ -69,8 +68,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("measuring").add_argument
     flag("--attack_steps", type=number(1, 10**6), help="of the white-box attack; --steps are the transferred images'")
     flag("--restarts", type=number(1, 1000), default=1, help="white-box starts: the transferred images, then noise")
-    candidates = "captions to retrieve from: those of the evaluation images, or MMEB's own list for each row"
-    flag("--candidates", choices=["evaluation", "mmeb"], default="evaluation", help=candidates)
+    flag("--candidates", choices=["evaluation", "mmeb"], default="evaluation", help="whose captions to retrieve from")
     flag("--sanity", action="store_true", help="run the battery of checks on every row, and mark those that fail")
     flag("--reproduce", action="store_true", help="first run every missing stage, each as its own command")
     return common.parse_flags(parser, argv, lambda _: "evaluation", lambda _: "eval")
@@ -217,7 +215,9 @@ def measure(row, attack, starts, seed, run=None):
     clean, transfer = (score(row, pixels, seed) for pixels in (row.pixels, row.transfer))
     print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
     # the transferred images count as white-box, too, in the ball that those of another geometry may have left
-    sets, healths = [common.to_pixels(as_images(row.transfer, torch.device("cpu")), row.pixels, attack.eps)], []
+    levels = common.grey_levels(attack.eps)
+    low, high = np.maximum(row.pixels, levels) - levels, np.minimum(row.pixels, 255 - levels) + levels
+    sets, healths = [torch.from_numpy(row.transfer.clip(low, high))], []
     for noise_seed in [None, *(seed + 7919 * which for which in range(1, starts))]:
         found, health = attack_both(replace(attack, seed=noise_seed), row, seed, run)
         sets, healths = sets + found, healths + health
@@ -471,7 +471,7 @@ def sanity_lines(record, shown=str):
 @contextmanager
 def drawn(path, size, *shape, **options):
     """The axes (rows, columns) of a figure, which is saved at the end."""
-    figure = Figure(size)
+    figure = matplotlib.figure.Figure(size)
     yield figure.subplots(*shape, squeeze=False, **options)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
