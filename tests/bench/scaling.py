@@ -39,8 +39,9 @@ def command(what, processes, args, folder):
     """The flags of a script whose every process has --batches batches."""
     words = [SCRIPTS[what], "--preset", "tiny", "--overwrite", "--output_dir", f"{folder}/{what}", "--num_workers", "2"]
     words += [] if args.small else ["--model", args.model, "--pretrained", "random"]
-    batch, steps = (args.batch_size, args.steps) if what == "attack" else (args.train_batch_size, 1)
-    words += ["--num_images", processes * batch * args.batches, "--batch_size", batch, "--steps", steps]
+    batch, steps = (args.batch_size, args.steps) if what == "attack" else (processes * args.train_batch_size, 1)
+    images = args.batches * (processes * batch if what == "attack" else batch)
+    words += ["--num_images", images, "--batch_size", batch, "--steps", steps]
     words += ["--split", "train"] if what == "attack" else ["--epochs", 1, "--val_images", 1]
     return [*map(str, words), "--cache_dir", f"{folder}/cache"]
 
