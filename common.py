@@ -472,7 +472,7 @@ def save(path, value):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except RuntimeError as error:  # of torch.save, which hides why the file could not be written
-        raise error.__context__ or error
+        raise (error.__context__ or error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -783,11 +783,10 @@ def load_examples(args, split, span, geometry):
         cache = Path(args.cache_dir, f"{key}.arrow").absolute()
         if RANK:
             gather()  # rank 0 decodes first, and the others find it done
-        try:
+        examples = None
+        with suppress(ValueError, OSError):  # there is none, or it is damaged
             examples = datasets.Dataset.from_file(str(cache))
-            if len(examples) < len(span) and not args.skip_bad_images:
-                raise ValueError("it was cut")
-        except (ValueError, OSError):  # there is none, or it is damaged
+        if examples is None or (len(examples) < len(span) and not args.skip_bad_images):  # or it was cut
             examples = decode_rows(folder, rows, geometry, args.skip_bad_images, cache)
         if not RANK:
             gather()
@@ -1164,7 +1163,8 @@ def contrastive_loss(image_features, text_features, logit_scale):
     image_features, text_features   (B, D), row i of both from one pair; equal captions are never each other's negatives
     """
     targets = torch.arange(len(image_features), device=image_features.device)
-    equal = (text_features[:, None] == text_features[None]).all(-1)  # (B, B)
+    _, caption_ids = torch.unique(text_features, dim=0, return_inverse=True)
+    equal = caption_ids[:, None] == caption_ids[None]  # (B, B)
     equal[targets, targets] = False
     logits = (logit_scale * image_features @ text_features.T).masked_fill(equal, -torch.inf)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
@@ -1189,6 +1189,7 @@ class Trainer:
         self.model = torch.nn.parallel.DistributedDataParallel(clip) if PROCESSES > 1 else clip
 
         captions, self.size = training["caption"][:], args.batch_size
+        clip.batch_size = math.ceil(self.size / PROCESSES)  # images at a time in this one
         self.steps_per_epoch = math.ceil(len(training) / self.size)
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.log, self.epochs, self.stopped = [], [], None

@@ -616,7 +616,7 @@ def test_hostile_input(case, shared, tmp_path, request, monkeypatch, capsys, rec
         parse = importlib.import_module(case.script).parse_args
         line = refusal(capsys, *((parse, words) if case.parsed else (run, case.script, words)))
         assert line.startswith(f"{case.script}.py: error: ") and line.isprintable()
-        assert all(said.format(tmp=tmp_path) in line for said in case.said), line
+        assert all(said.format(tmp=tmp_path) in line for said in case.said) and ".arrow" not in line, line
         if case.late:
             assert not finished_run.exists() and (place.out / "keep.txt").read_text() == "not ours"
         else:
