@@ -466,8 +466,9 @@ def save(path, value):
             elif path.suffix == ".png":
                 value.save(file, "PNG", compress_level=1)  # 6 saves 5 % for 30 % more time
             else:
-                plain = json.dumps(value, indent=1, ensure_ascii=False, default=np.ndarray.tolist) + "\n"
-                file.write((value if isinstance(value, str) else plain).encode())
+                if not isinstance(value, str):
+                    value = json.dumps(value, indent=1, ensure_ascii=False, default=np.ndarray.tolist) + "\n"
+                file.write(value.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
