@@ -14,6 +14,7 @@ the loop is the script's).
 """
 
 import argparse
+import ast
 import fcntl
 import hashlib
 import io
@@ -30,12 +31,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import weakref
 import zipfile
 import zlib
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
@@ -49,6 +52,8 @@ import fsspec
 import huggingface_hub
 import numpy as np
 import open_clip
+import PIL
+import safetensors
 import torch
 import torchvision
 from open_clip.transform import PreprocessCfg, image_transform_v2, to_2tuple
@@ -95,6 +100,12 @@ def pixel_distance(text):
         if 1 / 255.5 < value < 1:
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is not from 1/255 to below 1; for {text} levels write {text}/255")
+
+
+def radius_text(value):
+    """Write a distance on the [0, 1] pixel scale as a flag takes it: 8/255, or the number if that is not exact."""
+    text = f"{value * 255:.6g}/255"
+    return text if pixel_distance(text) == value else repr(value)
 
 
 def number(low, high=math.inf, kind=int):
@@ -165,7 +176,7 @@ def parse_flags(parser, argv, stage, images):
         " ".join(words).encode()
     chosen = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
     defaults = {flag: values.get(chosen.preset, values["tiny"]) for flag, values in PRESETS.items()}
-    defaults["output_dir"] = f"runs/{chosen.preset}/{stage(chosen)}"
+    defaults["output_dir"] = f"runs/{chosen.preset}/{stage(chosen)}{radius_suffix(chosen)}"
     defaults["num_images"] = defaults[f"{images(chosen)}_images"]
     defaults["lr"] = defaults.get(f"{stage(chosen)}_lr")
     if (chosen.model or "").startswith(("local-dir:", "hf-hub:")):
@@ -181,17 +192,34 @@ SHARED = "device model pretrained precision train_data eval_data image_root skip
 SHARED += " eps alpha steps seed"
 
 
-def run_script(script, args, stage, *words, flags=SHARED):
-    """Run another script with the flags that args has from the user, as the command that a user would type."""
+def radius_suffix(args):
+    """Return what a radius other than the report's adds to the names of default folders, such as _eps4."""
+    return "" if args.eps == 8 / 255 else f"_eps{args.eps * 255:.6g}"
+
+
+def stage_folder(args, stage):
+    """Return the folder of another stage, which stands beside --output_dir."""
+    return Path(args.output_dir).parent / f"{stage}{radius_suffix(args)}"
+
+
+def command_of(script, args, stage, *words, flags=SHARED):
+    """Write the command that runs another script into its folder, with the flags that args has from the user."""
     default = parse_flags(make_parser(""), ["--preset", args.preset], lambda _: stage, lambda _: "train")
-    given = vars(args) | {"output_dir": str(Path(args.output_dir).parent / stage)}
+    given = vars(args) | {"output_dir": str(stage_folder(args, stage))}
     words = [script, *(["--preset", args.preset] if args.preset != "report" else []), *map(str, words)]
     for name in [*flags.split(), "output_dir"]:
-        if given[name] != getattr(default, name):
-            words += [f"--{name}"] if given[name] is True else [f"--{name}", str(given[name])]
+        value = given[name]
+        if value != getattr(default, name):
+            text = radius_text(value) if name in ("eps", "alpha") else str(value)
+            words += [f"--{name}"] if value is True else [f"--{name}", text]
+    return words
+
+
+def run_script(words):
+    """Run another script in this process, which saves the seconds of its imports, and print it as a command."""
     print(f"\n$ python {shlex.join(words)}", flush=True)
     argv, sys.argv = sys.argv, words
-    runpy.run_path(str(ROOT / script), run_name="__main__")  # in this process: the imports take seconds
+    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     sys.argv = argv
 
 
@@ -294,37 +322,47 @@ NOT_IN_RESULT = {"output_dir", "overwrite", "num_workers", "cache_dir", "reprodu
 
 
 class Run:
-    """One output folder: refuses a run of other flags or inputs, goes on with its own, and says how it was made.
+    """One output folder: refuses a run of other flags, data or code, resumes its own, and records how it was made.
 
-    inputs      what this run reads: folders of other runs, files of weights
-    .finished   the metrics.json of the same run, where it is complete already; else None
+    code      code_checksums() of what makes its result
+    rows      the images that it reads, from load_rows()
+    inputs    {what: checksum} of what it reads beside them and the model
+    extends   flags that a complete run may have had otherwise, for a script that then adds what is missing
+
+    .previous  the metrics.json of this run, where it is complete; else None
+    .changed   the definitions that have changed since, in words; '' where none has
     """
 
-    def __init__(self, args, inputs=()):
-        self.dir, self.clock = Path(args.output_dir), time.perf_counter()
+    def __init__(self, args, code, rows=None, inputs=None, extends=()):
+        self.dir, self.clock, self.extends = Path(args.output_dir), time.perf_counter(), {*extends}
         self.partial, self.done = self.dir / ".partial", self.dir / "metrics.json"
+        images = {"images and captions": digest(rows["checksum"][:])} if rows else {}
         self.record = {
             "argv": sys.argv,
             "args": portable(vars(args)),
-            "inputs": stamps(args, inputs),
+            "inputs": images | model_checksums(args.model, args.pretrained) | (inputs or {}),
+            "code": code,
             "commit": git_commit(),
             "processes": PROCESSES,
             "started": datetime.now(timezone.utc).isoformat(),
             "seconds": 0.0,
         }
-        self.finished, begun = gather(None if RANK else self.take_folder())[0]  # what rank 0 has found there
-        if self.finished:
+        self.previous, begun = gather(None if RANK else self.take_folder())[0]  # what rank 0 has found there
+        self.changed = changed_code(self.previous, code) if self.previous else ""
+        if self.previous and not extends:
             print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
+            print_note(code_note(self.dir))
         if begun:
             self.record |= {"started": begun["started"], "seconds": begun["seconds"]}
-            print(f"{self.dir} holds an unfinished run: going on after its first {begun['seconds']:.0f} s")
+            print(f"{self.dir} holds an unfinished run: resuming ({begun['seconds']:.0f} s were done before)")
 
     def take_folder(self):
-        """Hold the folder until this process ends; the records of this run in it, finished and unfinished, or None."""
+        """Lock the folder until this process ends; return the records of this run in it, complete and unfinished."""
+        made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
         with about(f"cannot write to --output_dir {self.dir}"):
             self.dir.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.dir, os.O_RDONLY)
-            self.release = weakref.finalize(self, os.close, folder)
+            self.release = weakref.finalize(self, release_folder, folder, made)
             save(self.dir / ".write_test", "")
             (self.dir / ".write_test").unlink()
         try:
@@ -333,53 +371,66 @@ class Run:
             fail(f"another run is writing to {self.dir}: wait for it, or give another --output_dir")
         except OSError:
             pass  # a file system without locks
-        finished = None if self.record["args"]["overwrite"] else self.earlier(self.done)
-        begun = None if self.done.exists() else self.earlier(self.partial / "run.json")
+        previous = None if self.record["args"]["overwrite"] else self.read(self.done)
+        begun = self.read(self.partial / "run.json") if previous is None or self.extends else None
+        if self.done.exists() and previous is None:
+            begun = None  # of a complete run, which was killed before it could clean up
         if not begun:
             shutil.rmtree(self.partial, ignore_errors=True)
-        return finished, begun
+        return previous, begun
 
-    def earlier(self, file):
-        """The record of this run that an earlier process wrote, or None; another run's ends the script."""
+    def read(self, file):
+        """Return the record of this run that an earlier process wrote, or None; another run's ends the script."""
         if not file.exists():
             return None
+        complete, old, new = file == self.done, load_record(file), self.record
 
-        def result_of(record):  # what makes the result; of an unfinished run its shares, too
-            flags = {f"--{key}": value for key, value in record["args"].items() if key not in NOT_IN_RESULT}
-            if "lr" not in record["args"]:
-                flags.pop("--batch_size", None)  # of an attack: no image depends on those beside it
-            return flags | record["inputs"] | ({"processes": record["processes"]} if file != self.done else {})
+        def flags_of(record):
+            flags = {key: value for key, value in record["args"].items() if key not in NOT_IN_RESULT | self.extends}
+            if "lr" not in flags:
+                flags.pop("batch_size", None)  # of an attack: no image depends on those beside it
+            return flags | ({} if complete else {"processes": record["processes"]})
 
-        old = load_record(file)
-        was, now = result_of(old), result_of(self.record)
-        keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-        changed = ", ".join(f"{key} {was.get(key)} -> {now.get(key)}" for key in keys)
-        if changed and not self.record["args"]["overwrite"]:
-            fail(f"{self.dir} holds a run with other flags or inputs ({changed}): --overwrite replaces it")
-        for key in ("commit", "processes"):
-            if not changed and old.get(key) != self.record[key]:
-                print(f"note: {self.dir} was made with another {key}: {old.get(key)}, not {self.record[key]}")
-        return None if changed else old
+        def differences(was, now):
+            return [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
 
-    def begin(self, need):
-        """Before the first file is written, of so many bytes in all; from here to finish() the folder is incomplete."""
+        was, now = flags_of(old), flags_of(new)
+        changes = [f"--{key} {flag_text(key, was.get(key))}, not {flag_text(key, now.get(key))}"
+                   for key in sorted(differences(was, now))]  # fmt: skip
+        changes += [f"other {key}" for key in sorted(differences(old["inputs"], new["inputs"]))]
+        if code := not complete and changed_code(old, new["code"]):
+            changes.append(f"other code ({code})")
+        if not changes:
+            return old
+        if not new["args"]["overwrite"]:
+            what = "was made" if complete else "holds an unfinished run"
+            remedy = "To replace it, add --overwrite; to keep it, choose another --output_dir"
+            fail(f"{self.dir} {what} with {'; '.join(changes)}. {remedy}")
+        return None
+
+    def require_space(self, num_bytes):
+        """End unless the folder has room for so many bytes, what it holds already included.
+
+        What is not extended is replaced from here on: until finish() the folder is incomplete.
+        """
         if not RANK:
-            need -= sum(file.stat().st_size for file in self.dir.rglob("*") if file.is_file())  # of a killed run
+            num_bytes -= sum(file.stat().st_size for file in self.dir.rglob("*") if file.is_file())
             free = shutil.disk_usage(self.dir).free
-            if free < need:
-                fail(f"{self.dir} needs about {need / 1e9:.2f} GB and has {free / 1e9:.2f} GB free: make room first")
-            self.done.unlink(missing_ok=True)
+            if free < num_bytes:
+                fail(f"{self.dir} needs {num_bytes / 1e9:.2f} GB and has {free / 1e9:.2f} GB free: make room first")
+            if not self.previous:
+                self.done.unlink(missing_ok=True)
         gather()
 
-    def keep(self, key, value):
-        """Store a part of the work, tensors and plain values, so that a killed run goes on after it."""
+    def save_part(self, key, value):
+        """Store a part of the work, tensors and plain values, so that a killed run resumes after it."""
         self.partial.mkdir(exist_ok=True)
         if not RANK:
             save(self.partial / "run.json", self.record | {"seconds": self.seconds()})
         save(self.partial / f"{digest(key)}.pt", value)
 
-    def kept(self, key):
-        """What a killed process of this run kept under key; None if there is nothing, or it is damaged."""
+    def load_part(self, key):
+        """Return what a killed process of this run stored under key; None if there is nothing, or it is damaged."""
         file = self.partial / f"{digest(key)}.pt"
         with suppress(Exception), zipfile.ZipFile(file) as archive:  # there is none, or a damaged one raises anything
             if archive.testzip() is None:  # torch does not look at the checksums
@@ -387,42 +438,48 @@ class Run:
         return None
 
     def seconds(self):
-        """Wall time of this run, without the pauses of a killed one."""
+        """Return the wall time of this run, without the pauses of a killed one."""
         return self.record["seconds"] + time.perf_counter() - self.clock
 
     def finish(self, clip, **metrics):
-        """Write metrics.json: how the run was made, then the script's own figures."""
-        modules, device = (torch, torchvision, open_clip, datasets, np), clip.device
+        """Write metrics.json: how the run was made, then the script's own figures.
+
+        clip   None where nothing was computed, and the figures of .previous are shown anew
+        """
+        modules, device = (torch, torchvision, open_clip, datasets, np), clip.device if clip else torch.device("cpu")
         on_gpu = device.type == "cuda"
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.record |= {
             "versions": {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()},
             "device": f"{device} ({torch.cuda.get_device_name(device) if on_gpu else platform.machine()})",
-            "gradients": "bf16" if clip.bf16 else "fp32",
-            "seconds": round(self.seconds(), 3),
+            "gradients": "bf16" if clip and clip.bf16 else "fp32",
+            "seconds": round(self.seconds() + (self.previous or {}).get("seconds", 0), 3),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak,  # of the process
         }
+        if not clip:
+            self.record |= {key: self.previous[key] for key in ("versions", "device", "gradients", "peak_memory_bytes")}
         if not RANK:
             save(self.done, self.record | metrics)
             shutil.rmtree(self.partial, ignore_errors=True)
         gather()
 
 
+def release_folder(folder, made):
+    """Unlock an output folder (a file descriptor), and remove the folders made for it that are still empty."""
+    os.close(folder)
+    with suppress(OSError):
+        for path in made:
+            path.rmdir()
+
+
+def flag_text(key, value):
+    """Write the value of a flag as a user would type it."""
+    return radius_text(value) if key in ("eps", "alpha") and isinstance(value, float) else value
+
+
 def portable(value):
     """As JSON holds it, paths in this checkout relative to it: a run is known again where the checkout is moved."""
     return json.loads(json.dumps(value).replace(json.dumps(f"{ROOT}/")[1:-1], ""))
-
-
-def stamps(args, inputs=()):
-    """{path: what changes with it}: the files of a run's weights and its inputs, files or folders of other runs."""
-
-    def stamp(path):
-        if path.is_dir():  # a run's
-            return load_record(path / "metrics.json")["started"]
-        return checksum(path, path.stat().st_size, path.stat().st_mtime_ns)
-
-    paths = [*inputs, *model_files(args.model), *model_files(args.pretrained)]
-    return {portable(str(path)): stamp(path) for path in paths}
 
 
 @lru_cache
@@ -456,6 +513,95 @@ def git_commit():
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
+# definitions that change no number: they speak, keep books, or give flags, which identify a run themselves
+NOT_IN_CODE = {"PRESETS", "Run", "about", "adversarial_folder", "code_checksums", "describe", "duration", "fail"}
+NOT_IN_CODE |= {"progress"}
+
+
+def code_checksums(script, *names):
+    """Return a checksum of every top-level definition of ours that these of a script can reach: {module.name: ...}.
+
+    Reached is what is named: by ast.Name, or as an attribute of one of our modules. Comments, docstrings and layout
+    change nothing. The versions of the packages that numbers depend on stand beside them.
+    """
+    versions = {m.__name__: m.__version__.split("+")[0] for m in (torch, torchvision, open_clip, np, PIL)}
+    checksums, modules, queue = {}, {}, [(Path(script), name) for name in names or ["main"]]
+    while queue:
+        file, name = queue.pop()
+        if file not in modules:
+            modules[file] = parse_module(file.read_text(encoding="utf-8"), file.parent)
+        definitions, imports = modules[file]
+        if name in imports:  # from a module of ours
+            queue.append(imports[name])
+        label = f"{file.stem}.{name}"
+        if name not in definitions or name in NOT_IN_CODE or label in checksums:
+            continue
+        checksums[label] = digest([ast.unparse(node) for node in definitions[name]])[:8]
+        for node in (inner for definition in definitions[name] for inner in ast.walk(definition)):
+            if isinstance(node, ast.Name):
+                queue.append((file, node.id))
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module, whole = imports.get(node.value.id, (None, ""))
+                queue += [(module, node.attr)] if module and not whole else []
+    return dict(sorted(checksums.items())) | versions
+
+
+@lru_cache
+def parse_module(text, folder):
+    """Return a module's top-level definitions, {name: [nodes]}, and what it imports from modules in the same folder.
+
+    Imports are {name: (file, the name there)}, and (file, '') for a module as a whole. Docstrings are left out.
+    """
+    definitions, imports, tree = defaultdict(list), {}, ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            definitions[node.name].append(node)
+        elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for name in (inner for target in targets for inner in ast.walk(target)):
+                if isinstance(name, ast.Name):
+                    definitions[name.id].append(node)
+        elif isinstance(node, ast.Import):
+            ours = (alias for alias in node.names if (folder / f"{alias.name}.py").is_file())
+            imports |= {alias.asname or alias.name: (folder / f"{alias.name}.py", "") for alias in ours}
+        elif isinstance(node, ast.ImportFrom) and (folder / f"{node.module}.py").is_file():
+            file = folder / f"{node.module}.py"
+            imports |= {alias.asname or alias.name: (file, alias.name) for alias in node.names}
+    return definitions, imports
+
+
+def changed_code(record, code):
+    """Name the definitions and packages that are not as they were when a run was made; '' if all are."""
+    was = record.get("code")
+    if was is None:
+        return "it does not say which"
+    changed = sorted(key for key in was.keys() | code.keys() if was.get(key) != code.get(key))
+    return ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") + (
+        f" {'has' if len(changed) == 1 else 'have'} changed" if changed else ""
+    )
+
+
+def code_note(folder):
+    """Return one line if a complete run, or the adversarial images it was trained on, are of other code; else None."""
+    record = load_record(folder / "metrics.json")
+    script, *words = record["argv"]
+    script = ROOT / Path(script).name
+    again = [word for word in words if word != "--overwrite"]
+    if script.is_file() and (changed := changed_code(record, code_checksums(script))):
+        command = shlex.join(["python", script.name, *again, "--overwrite"])
+        return f"{folder} was made by other code ({changed}) and is used as it is. To make it again: {command}"
+    images = record.get("adversarial_dir")
+    return code_note(Path(images)) if images and (Path(images) / "metrics.json").is_file() else None
+
+
+def print_note(note):
+    if note:
+        print(f"note: {note}", flush=True)
+
+
 def save(path, value):
     """Write tensors (.pt), a PIL image (.png), plain values or a text: path is whole then, or as it was before."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -485,16 +631,19 @@ def save(path, value):
 class Clip(torch.nn.Module):
     """An open_clip model on its device, that takes pixels and captions.
 
-    arch        the name that open_clip built it from; travels in checkpoints
+    name        what it was loaded by, for messages
+    config      its open_clip_config.json: {"model_cfg": {...}, "preprocess_cfg": {...}}
+    tokenizer   open_clip's: list of captions -> (B, context_length) int64
     batch_size  images at a time
     precision   the flag; bf16: whether gradients are computed in it; what is scored is fp32 always
     geometry    open_clip's preprocessing up to the pixels: size, interpolation, resize_mode, ...; plain values
     train_ids   COCO ids that its weights were trained on, a set
     """
 
-    def __init__(self, model, arch, device, precision, batch_size, train_ids):
+    def __init__(self, model, name, config, tokenizer, device, precision, batch_size, train_ids):
         super().__init__()
-        self.model, self.arch, self.device, self.batch_size = model.to(device).eval(), arch, device, batch_size
+        self.model, self.device, self.batch_size = model.to(device).eval(), device, batch_size
+        self.name, self.config, self.tokenizer = name, config, tokenizer
         if not all(weights.isfinite().all() for weights in model.state_dict().values()):
             raise ValueError("its weights are not finite: they are damaged, or of a training that diverged")
         able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -504,8 +653,6 @@ class Clip(torch.nn.Module):
         for key in ("mean", "std"):  # part of the model: what is attacked are pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
         self.text_cache, self.train_ids = {}, train_ids
-        with about(f"the tokenizer of {arch} cannot be had; those of Hugging Face need pip install transformers"):
-            self.tokenizer = open_clip.get_tokenizer(arch)
 
     def encode_image(self, images):
         """(B, 3, H, W) float32 in [0, 1] -> (B, D) float32, unit norm; differentiable in images and weights.
@@ -536,7 +683,7 @@ class Clip(torch.nn.Module):
             features.append(encode_image(as_images(pixels[start : start + self.batch_size], self.device)))
         features = torch.cat(features)
         if bad := (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
-            fail(f"{self.arch}: features of images {bad[:8]} are not finite: the weights are damaged")
+            fail(f"{self.name}: features of images {bad[:8]} are not finite: the weights are damaged")
         return features
 
     @torch.no_grad()
@@ -547,7 +694,7 @@ class Clip(torch.nn.Module):
             chunk = missing[start : start + 256]
             features = F.normalize(self.model.encode_text(self.tokenizer(chunk).to(self.device)).float(), dim=-1)
             if not ((features.norm(dim=1) - 1).abs() < 1e-3).all():  # a rank among NaN would be the first
-                fail(f"{self.arch}: features of captions are not of unit norm: the weights are damaged")
+                fail(f"{self.name}: features of captions are not of unit norm: the weights are damaged")
             self.text_cache.update(zip(chunk, features))
         return torch.stack([self.text_cache[caption] for caption in captions])
 
@@ -642,70 +789,386 @@ def pick_device(name):
         return device
 
 
-def model_files(source):
-    """The files behind local-dir:DIR, weights and configuration, or a path; none behind another name."""
-    if source.startswith("local-dir:"):
-        files = Path(source.removeprefix("local-dir:")).glob("*")
-        return sorted(file for file in files if file.suffix in (".safetensors", ".bin", ".pth", ".json"))
-    return [Path(source)] if Path(source).is_file() else []
+SCHEMAS = "local-dir:", "hf-hub:"
+WEIGHTS = ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"]  # by open_clip's preference
+WEIGHTS += ["open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"]
+WEIGHTS += ["model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"]
+DELTA_CLIP_TOKENIZER = {  # of Delta-CLIP (arXiv:2501.09446), whose own code has it; open_clip's gives the same ids
+    "hf_tokenizer_name": "google-bert/bert-base-uncased",
+    "tokenizer_mode": "clips",
+    "tokenizer_kwargs": {"bos_token": "[unused0]", "eos_token": "[unused1]"},
+}
+
+
+def model_folder(name):
+    """Return the folder of a local-dir: or hf-hub: model; what is missing of a hub's model is downloaded.
+
+    Of a hub's model it holds the configuration, the tokenizer's files and one file of weights, and has the commit as
+    its name.
+    """
+    if name.startswith("local-dir:"):
+        return Path(name.removeprefix("local-dir:"))
+    repo = name.removeprefix("hf-hub:")
+    folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=["*.json", "*.txt", "*.model"]))
+    for file in WEIGHTS:
+        with suppress(huggingface_hub.errors.EntryNotFoundError):
+            huggingface_hub.hf_hub_download(repo, file, revision=folder.name)
+            break
+    return folder
+
+
+def model_checksums(name, pretrained=""):
+    """Return what identifies a model beside its name: {file: sha256}, or for the hub {name: commit}."""
+    files = [Path(pretrained)] if os.path.isfile(pretrained) else []
+    with about(f"cannot load --model {name}"):
+        if name.startswith("hf-hub:"):
+            return {name: model_folder(name).name} | file_checksums(files)
+        if name.startswith("local-dir:"):
+            folder = model_folder(name)
+            configs = ["open_clip_config.json", "config.json", "preprocessor_config.json", "tokenizer.json"]
+            files += [folder / file for file in configs if (folder / file).is_file()]
+            files += [] if pretrained else [weights_file(folder)]
+    return file_checksums(files)
+
+
+def source_checksums(source):
+    """model_checksums() of what a row of evaluate.py is loaded from: local-dir:, hf-hub: or a file of weights."""
+    return model_checksums(source) if source.startswith(SCHEMAS) else file_checksums([Path(source)])
+
+
+def file_checksums(files):
+    """Return {path: sha256} of files."""
+    return {portable(str(file)): checksum(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+
+
+def weights_file(folder):
+    """Return the file of weights in the folder of a model."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has no weights: none of {', '.join(WEIGHTS)}")
+
+
+def read_config(folder):
+    """Read the configuration of a model as stock open_clip takes it: {"model_cfg": {...}, "preprocess_cfg": {...}}.
+
+    folder   holds open_clip_config.json, Delta-CLIP's included, or transformers' config.json of a CLIP
+    """
+    if (folder / "open_clip_config.json").is_file():
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        text_cfg = config["model_cfg"]["text_cfg"]
+        if text_cfg.pop("vocab_path", None):  # of Delta-CLIP's changed open_clip
+            text_cfg |= DELTA_CLIP_TOKENIZER
+        return config
+    if is_transformers(folder):
+        return config_from_transformers(folder)
+    raise FileNotFoundError(f"{folder} has neither open_clip_config.json nor transformers' config.json")
+
+
+def is_transformers(folder):
+    """Return whether a model's folder is in the format of the transformers library."""
+    return not (folder / "open_clip_config.json").is_file() and (folder / "config.json").is_file()
+
+
+def config_from_transformers(folder):
+    """Translate config.json and preprocessor_config.json of a transformers CLIPModel into open_clip's configuration."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != "clip":
+        raise ValueError(f"its config.json is of a {config.get('model_type')!r} model, and only 'clip' can be read")
+    # what a config.json leaves out has the default of CLIPTextConfig and CLIPVisionConfig
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    text |= {"max_position_embeddings": 77, "vocab_size": 49408, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    vision |= {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    for part, name in ((text, "text_config"), (vision, "vision_config")):
+        part |= config.get(name) or {}
+        part |= config.get(f"{name}_dict") or {}  # of old files, which hold both
+    activations = {text["hidden_act"], vision["hidden_act"]}
+    if len(activations) > 1 or not activations <= {"quick_gelu", "gelu"}:
+        raise ValueError(f"open_clip has no model with the activations {', '.join(sorted(activations))}")
+    if text["vocab_size"] != 49408:
+        raise ValueError(f"its vocabulary of {text['vocab_size']} is not that of OpenAI's tokenizer, 49408")
+
+    text_cfg = {"context_length": text["max_position_embeddings"], "vocab_size": text["vocab_size"]}
+    vision_cfg = {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
+    vision_cfg["head_width"] = vision["hidden_size"] // vision["num_attention_heads"]
+    text_cfg["heads"] = text["num_attention_heads"]
+    for ours, theirs in ((text_cfg, text), (vision_cfg, vision)):
+        ours |= {"width": theirs["hidden_size"], "layers": theirs["num_hidden_layers"]}
+        ours["mlp_ratio"] = theirs["intermediate_size"] / theirs["hidden_size"]
+        ours["norm_kwargs"] = {"eps": theirs["layer_norm_eps"]}
+    model_cfg = {"embed_dim": config.get("projection_dim", 512), "quick_gelu": activations == {"quick_gelu"}}
+    model_cfg |= {"vision_cfg": vision_cfg, "text_cfg": text_cfg}
+
+    file = folder / "preprocessor_config.json"
+    theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    names = {"image_mean": "mean", "image_std": "std"}
+    preprocess_cfg = {ours: theirs[name] for name, ours in names.items() if name in theirs}
+    filters = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+    preprocess_cfg["interpolation"] = filters[theirs.get("resample", 3)]
+    size = theirs.get("size", {"shortest_edge": vision["image_size"]})
+    squash = isinstance(size, dict) and "shortest_edge" not in size
+    preprocess_cfg["resize_mode"] = "squash" if squash else "shortest"
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+
+
+def rename_from_transformers(tensors):
+    """Rename the weights of a transformers CLIPModel to open_clip's names: {name: tensor}."""
+    renames = [
+        (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
+        (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
+        (r"^text_model\.final_layer_norm\.", "ln_final."),
+        (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
+        (r"^text_projection\.weight$", "text_projection"),
+        (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
+        (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
+        (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
+        (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),  # spelt so
+        (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
+        (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
+        (r"^visual_projection\.weight$", "visual.proj"),
+        (r"\.layer_norm(1|2)\.", r".ln_\1."),
+        (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+        (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+        (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    ]
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, ours in renames:
+            name = re.sub(pattern, ours, name)
+        renamed[name] = tensor.T.contiguous() if name in ("text_projection", "visual.proj") else tensor
+    for name in [name for name in renamed if ".self_attn.q_proj." in name]:
+        parts = [renamed.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        renamed[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
+    return {name: tensor for name, tensor in renamed.items() if not name.endswith(".position_ids")}
+
+
+def shared_preprocessing(name):
+    """Return the preprocess_cfg that all published weights of an open_clip architecture have in common, or None."""
+    found = []
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        published = open_clip.get_pretrained_cfg(name, tag)
+        found.append({key: published[key] for key in ("mean", "std", "interpolation", "resize_mode")})
+    return found[0] if found and all(one == found[0] for one in found) else None
 
 
 def load_clip(args, source=None):
-    """The CLIP of --model and --pretrained; with source, another: local-dir:, hf-hub:, or a file of weights for it.
+    """Load the CLIP of --model and --pretrained, or with source another one.
 
-    A file is a checkpoint, or the state dict of a visual tower alone, which keeps the text tower of --pretrained.
+    source   local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model: a whole model's, or those of a visual
+             tower alone, which keeps the text tower of --pretrained
     """
     name, pretrained = args.model, args.pretrained
-    if source and source.startswith(("local-dir:", "hf-hub:")):
+    if source and source.startswith(SCHEMAS):
         name, pretrained, source = source, "", None
-    has_schema, is_file = name.startswith(("local-dir:", "hf-hub:")), os.path.isfile(pretrained)
-    name = name if has_schema else name.replace("/", "-")  # open_clip takes ViT-B/32, too
-    own = not is_file and pretrained != "random"
     torch.manual_seed(args.seed)  # random weights are the same in every script
     with about(f"cannot load --model {name} --pretrained {pretrained!r}; open_clip.list_pretrained() lists both"):
-        if has_schema and own and pretrained:
-            raise ValueError("such a model brings its weights: leave --pretrained out, or give a file or 'random'")
-        tag = {} if has_schema else open_clip.get_pretrained_cfg(name, pretrained)
-        quick = tag.get("quick_gelu", False)
-        if tag and quick != open_clip.get_model_config(name).get("quick_gelu", False):  # of which open_clip only warns
-            other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
-            raise ValueError(f"they disagree on QuickGELU, and features would be wrong: use --model {other}")
-        model = open_clip.create_model(name, pretrained if own else None, load_weights=own, require_pretrained=own)
-    train_ids = load_checkpoint(model, name, Path(pretrained)) if is_file else set()
-    train_ids |= load_checkpoint(model, name, Path(source), tower_alone=True) if source else set()
-    with about(f"cannot use {source or pretrained} for {name}"):
-        return Clip(model, name, pick_device(args.device), args.precision, args.batch_size, train_ids)
+        make = model_from_folder if name.startswith(SCHEMAS) else model_by_name
+        model, config, tokenizer, weights = make(name, pretrained)
+    train_ids = set()
+    for file in [weights, source and Path(source)]:
+        if file:
+            with about(f"cannot use {file}"):
+                train_ids |= load_weights(model, file, tower_alone=file is not weights)
+    with about(f"cannot use {source or weights or pretrained} for {name}"):
+        device = pick_device(args.device)
+        return Clip(model, name, config, tokenizer, device, args.precision, args.batch_size, train_ids)
 
 
-def has_quick_gelu(model):
-    """Whether a model was built with QuickGELU, OpenAI's, in place of GELU."""
-    return any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.modules())
+def model_from_folder(name, pretrained):
+    """Make the model of local-dir: or hf-hub:; return it, its configuration, its tokenizer, its file of weights."""
+    if pretrained and pretrained != "random" and not os.path.isfile(pretrained):
+        raise ValueError("such a model brings its weights: leave --pretrained out, or give a file or 'random'")
+    folder = model_folder(name)
+    config = read_config(folder)
+    with tempfile.TemporaryDirectory() as stock:  # open_clip makes models of its own configurations alone
+        Path(stock, "open_clip_config.json").write_text(json.dumps(config))
+        options = {"load_weights": False, "pretrained_text": False}
+        model = open_clip.create_model(f"local-dir:{stock}", **options)
+    text_cfg = config["model_cfg"]["text_cfg"]
+    options = {"context_length": text_cfg.get("context_length", 77), **(text_cfg.get("tokenizer_kwargs") or {})}
+    if text_cfg.get("hf_tokenizer_name"):
+        own = (folder / "tokenizer_config.json").is_file()
+        files = str(folder) if own else text_cfg["hf_tokenizer_name"]
+        tokenizer = load_tokenizer(files, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
+    else:
+        tokenizer = open_clip.SimpleTokenizer(**options)
+    if pretrained:
+        return model, config, tokenizer, Path(pretrained) if pretrained != "random" else None
+    return model, config, tokenizer, weights_file(folder)
 
 
-def load_checkpoint(model, name, file, tower_alone=False):
-    """Fill model from a .pt or .safetensors file without running code in it; returns the COCO ids it was trained on."""
-    with about(f"{file} is no checkpoint of plain tensors for {name}, and is not used"):
-        try:
-            safe = file.suffix == ".safetensors"
-            saved = open_clip.factory.load_state_dict(str(file)) if safe else torch.load(file, "cpu", weights_only=True)
-        except pickle.UnpicklingError:  # whose text would have the reader allow code
-            raise ValueError("it holds code, or objects that are not plain tensors, or is damaged") from None
-        if saved.get("quick_gelu", has_quick_gelu(model)) != has_quick_gelu(model):
-            raise ValueError("it was made with the other activation, QuickGELU or GELU: use the model's twin")
-        if "quick_gelu" not in saved and not name.startswith("local-dir:"):
-            print(f"note: {file} does not say whether it wants QuickGELU, as OpenAI's weights do, or GELU")
-        state = saved.get("state_dict", saved)
-        if state.keys() == model.visual.state_dict().keys():
-            if not tower_alone:
-                raise ValueError(f"a visual tower alone is a row: evaluate.py --checkpoint NAME={file}")
-            model.visual.load_state_dict(state)
-        else:
-            wanted = model.state_dict()
-            for key in {"positional_embedding", "visual.positional_embedding"} & state.keys() & wanted.keys():
-                if state[key].shape != wanted[key].shape:  # open_clip would stretch it
-                    raise ValueError(f"{key} is of shape {[*state[key].shape]}: it is of another input size")
-            open_clip.load_checkpoint(model, str(file))
-        return {int(i) for i in saved.get("train_ids", ())}
+def load_tokenizer(source, **options):
+    """Load a tokenizer of Hugging Face from a folder or by its name, as open_clip does."""
+    with about(f"cannot load the tokenizer {source}, which needs pip install transformers"):
+        return open_clip.tokenizer.HFTokenizer(source, **options)
+
+
+def model_by_name(name, pretrained):
+    """Make the model of an open_clip name; return it, its configuration, its tokenizer, its file of weights or None."""
+    name = name.replace("/", "-")  # open_clip takes ViT-B/32, too
+    tag, is_file = open_clip.get_pretrained_cfg(name, pretrained), os.path.isfile(pretrained)
+    model_cfg = open_clip.get_model_config(name)
+    quick_gelu = tag.get("quick_gelu", False)
+    if tag and quick_gelu != model_cfg.get("quick_gelu", False):  # of which open_clip only warns
+        other = f"{name}-quickgelu" if quick_gelu else name.removesuffix("-quickgelu")
+        raise ValueError(f"they disagree on QuickGELU, and features would be wrong: use --model {other}")
+    if is_file or pretrained == "random":
+        preprocess_cfg = shared_preprocessing(name)
+        model = open_clip.create_model(name, load_weights=False, force_preprocess_cfg=preprocess_cfg)
+        if is_file and not preprocess_cfg:
+            print(f"note: the published weights of {name} do not agree on a preprocessing; OpenAI's is used here.")
+            print("To use another, put it into the open_clip_config.json of a folder and give that as local-dir:DIR")
+        if is_file:
+            activation = "QuickGELU, as OpenAI's weights need it" if model_cfg.get("quick_gelu") else "GELU"
+            print(f"note: {name} computes {pretrained} with {activation}; the file does not say whether that is right")
+    else:
+        model = open_clip.create_model(name, pretrained, require_pretrained=True)
+    config = {"model_cfg": model_cfg, "preprocess_cfg": dict(open_clip.get_model_preprocess_cfg(model))}
+    return model, config, open_clip.get_tokenizer(name), Path(pretrained) if is_file else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights: found in whatever people save, by the names and shapes of the tensors
+
+
+def load_weights(model, file, tower_alone=False):
+    """Fill model from a file of weights without running code in it; returns the COCO ids that it was trained on.
+
+    file          .safetensors, or what torch.save writes: tensors in dictionaries of any depth, under any prefix
+    tower_alone   whether a visual tower without a text tower will do
+    """
+    saved, train_ids = read_tensors(file)
+    if is_transformers(file.parent) and file.name in WEIGHTS:
+        saved = rename_from_transformers(saved)
+    wholes, towers = find_weights(saved, model), find_weights(saved, model.visual)
+    fits = [fit for fit in wholes if not fit.problem]
+    if not fits and any(not fit.problem for fit in towers):
+        fits = [fit for fit in towers if not fit.problem]
+        if not tower_alone:
+            raise ValueError(f"it is a visual tower alone, which can be a row: evaluate.py --checkpoint NAME={file}")
+        if has_text_weights(saved):
+            reason = f": {closest(wholes).problem}" if wholes else ""
+            raise ValueError(f"its visual tower fits, but its text weights do not{reason}")
+    if not fits:
+        raise ValueError(closest(wholes + towers).problem if wholes or towers else unknown_weights(saved))
+    if len(fits) > 1:
+        print(f"note: {file} has weights that fit at {fits[0].where!r} and at {fits[1].where!r}: the first are used")
+    target = model if fits[0] in wholes else model.visual
+    target.load_state_dict(fits[0].state)
+    return train_ids
+
+
+def read_tensors(file):
+    """Read a file of weights: return nested dictionaries with tensors, and the COCO ids that they were trained on."""
+    with open(file, "rb") as opened:
+        start = opened.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer, not the weights: git lfs pull")
+    if file.suffix == ".safetensors":
+        with safetensors.safe_open(file, "pt") as opened:
+            train_ids = json.loads((opened.metadata() or {}).get("train_ids", "[]"))
+            return {key: opened.get_tensor(key) for key in opened.keys()}, {int(i) for i in train_ids}  # noqa: SIM118
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise ValueError("it is a TorchScript archive, like OpenAI's, and holds code: use --pretrained openai")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in which training scripts save their flags
+            saved = torch.load(file, "cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose text would have the reader allow code
+        raise ValueError("it holds code, or objects that are not plain tensors, or is damaged") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"it holds a {type(saved).__name__}, not a dictionary of tensors")
+    return saved, {int(i) for i in saved.get("train_ids", ())}
+
+
+@dataclass
+class Fit:
+    """How well the tensors under one prefix fit a module."""
+
+    where: str  # keys of the dictionaries, then the prefix
+    state: dict  # {the module's name: tensor}
+    count: int  # names that are there in the right shape
+    problem: str  # why they do not fit, or ''
+
+
+def find_weights(saved, module):
+    """Compare a module with every set of tensors in saved that may be its own: [Fit], in the order of the file."""
+    wanted, fits = module.state_dict(), []
+    anchor = "logit_scale" if "logit_scale" in wanted else next(iter(wanted))  # every whole model has the former
+    for where, tensors in tensor_dicts(saved):
+        for key in tensors:
+            prefix = key.removesuffix(anchor)
+            if key.endswith(anchor) and (not prefix or prefix.endswith(".")):
+                state = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+                fits.append(compare_weights(where + prefix, convert_weights(state, module), wanted))
+    return fits
+
+
+def tensor_dicts(saved, where=""):
+    """Yield (where, {name: tensor}) for saved and for every dictionary inside it that holds tensors."""
+    tensors = {key: value for key, value in saved.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    if tensors:
+        yield where, tensors
+    for key, value in saved.items():
+        if isinstance(value, dict):
+            yield from tensor_dicts(value, f"{where}{key}/")
+
+
+def convert_weights(state, module):
+    """Convert tensors as open_clip does when it loads a file: old and others' names, the shape of logit_scale."""
+    if "logit_scale" not in state or not hasattr(module, "logit_scale"):
+        return state
+    state = open_clip.convert.convert_state_dict(module, state)
+    if "positional_embedding" in state and not hasattr(module, "positional_embedding"):
+        state = open_clip.model.convert_to_custom_text_state_dict(state)
+    if module.logit_bias is not None:
+        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
+        state["logit_bias"] = state["logit_bias"].reshape(module.logit_bias.shape)
+    state["logit_scale"] = state["logit_scale"].reshape(module.logit_scale.shape)
+    return state
+
+
+def compare_weights(where, state, wanted):
+    """Return the Fit of a state dict: all of wanted's names in the same shapes, and no others within its modules."""
+    fitting = [name for name in wanted if name in state and state[name].shape == wanted[name].shape]
+    modules = {name.split(".")[0] for name in wanted}
+    further = [name for name in state if name not in wanted and name.split(".")[0] in modules]
+    further = [name for name in further if not name.endswith(("position_ids", "attn_mask"))]  # constants
+    problem = ""
+    if len(fitting) < len(wanted):
+        name = next(name for name in wanted if name not in fitting)
+        shapes = f"{[*state[name].shape]}, not {[*wanted[name].shape]}" if name in state else "missing"
+        problem = f"{name} is {shapes}"
+        if name in state and "positional_embedding" in name and len(fitting) > len(wanted) / 2:
+            problem += ": another input size"
+    elif further:
+        problem = f"{further[0]} is not in the model"
+    if problem:
+        problem = f"{len(fitting)} of {len(wanted)} keys fit; {problem}"
+    return Fit(where, {name: state[name] for name in fitting}, len(fitting), problem)
+
+
+def closest(fits):
+    """Return the Fit with the most names in common."""
+    return max(fits, key=lambda fit: fit.count)
+
+
+def has_text_weights(saved):
+    """Return whether a file holds the weights of a text tower of any kind."""
+    names = (name for _, tensors in tensor_dicts(saved) for name in tensors)
+    return any(re.search(r"\btext|token_embedding|word_embeddings", name) for name in names)
+
+
+def unknown_weights(saved):
+    """Describe a file in which no weights of the model were found."""
+    names = [name for _, tensors in tensor_dicts(saved) for name in tensors]
+    if any("vision_model.encoder" in name for name in names):
+        return "it is in transformers' format, which is read from its folder: local-dir:DIR"
+    if not names:
+        return "it holds no tensors"
+    return f"it holds {len(names)} tensors, such as {names[0]:.60}, and none of the model's"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -728,11 +1191,53 @@ def as_images(pixels, device):
     return torch.tensor(np.asarray(pixels), device=device).float() / 255
 
 
-def load_rows(args, split):
-    """One row for each distinct image of a split, a datasets.Dataset: path, coco_id, texts, caption (their first)."""
+def load_rows(args, split, count):
+    """Return the first count images of a split as a datasets.Dataset: path, coco_id, texts, caption, checksum.
+
+    checksum   of the path, the captions and the content of the image file, of which nothing is decoded; from a hub the
+               commit stands for the content
+    """
+    source, folder = getattr(args, f"{split}_data"), image_folder(args, split)
+    rows, commit = read_rows(args, split)
+    with about(f"--{split}_data {source}"):
+        if len(rows) < count:
+            kind = "train2014 images" if split == "train" else "images"
+            raise ValueError(f"it has {len(rows)} distinct {kind} and {count} are needed: ask for fewer")
+        rows = rows.select(range(count))
+        if os.path.isdir(folder):
+            files, found = find_images(folder, rows["path"][:])
+            contents = [content_checksum(files, found[path]) for path in rows["path"]]
+        else:
+            contents = [commit] * count
+        checksums = [digest(row) for row in zip(rows["path"], rows["texts"], contents)]
+        return rows.add_column("checksum", checksums)
+
+
+def image_folder(args, split):
+    """Return where the images of a split lie: --image_root, or the data set itself."""
+    if args.image_root and not os.path.isdir(args.image_root):
+        fail(f"--image_root {args.image_root} is not a folder")
+    return args.image_root or getattr(args, f"{split}_data")
+
+
+def content_checksum(files, name):
+    """Return a checksum of an image file in a zip, which has one in its directory, or in a folder."""
+    if isinstance(files, zipfile.ZipFile):
+        member = files.getinfo(name)
+        return f"{member.CRC:08x} {member.file_size}"
+    with files.open(name) as file:
+        data = file.read(LARGEST_FILE + 1)
+    return f"{zlib.crc32(data):08x} {len(data)}"
+
+
+def read_rows(args, split):
+    """Return a split's distinct images, a datasets.Dataset of path, coco_id, texts, caption, and a hub's commit."""
     source, (name, path_column, text_column, wanted) = getattr(args, f"{split}_data"), SPLITS[split]
     with about(f"--{split}_data {source}: config {CONFIG}, split {name}"):
-        table = open_table(source, name, args.cache_dir).select_columns([path_column, text_column])
+        table = open_table(source, name, args.cache_dir)
+        urls = " ".join(table.info.download_checksums or ())
+        commit = re.search(r"@([0-9a-f]{40})/", urls)
+        table = table.select_columns([path_column, text_column])
         table = table.with_format("arrow")[:]  # nothing is decoded that the data set declares its values to be
         kept = {}  # the first row of each image
         for row, (path, texts) in enumerate(zip(*(table[name].to_pylist() for name in (path_column, text_column)))):
@@ -748,7 +1253,8 @@ def load_rows(args, split):
             texts = [text.strip() for text in texts]
             kept[coco_id] = {"path": path, "coco_id": coco_id, "texts": texts, "caption": texts[0]}
         columns = ("path", "coco_id", "texts", "caption")
-        return datasets.Dataset.from_dict({key: [row[key] for row in kept.values()] for key in columns})
+        rows = datasets.Dataset.from_dict({key: [row[key] for row in kept.values()] for key in columns})
+        return rows, commit and commit[1]
 
 
 def open_table(source, split, cache_dir):
@@ -764,38 +1270,29 @@ def open_table(source, split, cache_dir):
     return datasets.Dataset.from_parquet(list(files), cache_dir=cache_dir)  # load_dataset mixes up folders of one name
 
 
-def load_examples(args, split, span, geometry):
-    """Images of a split: a datasets.Dataset of pixels uint8 (3, H, W), caption, texts, coco_id, path.
+def load_examples(args, split, rows, geometry):
+    """Decode the images of rows: a datasets.Dataset of their columns and pixels, uint8 (3, H, W).
 
-    span       range of the split's distinct images
     geometry   that of a Clip; decoded once for each, kept under --cache_dir, memory-mapped
     """
-    rows, source = load_rows(args, split), getattr(args, f"{split}_data")
+    source = getattr(args, f"{split}_data")
     with about(f"--{split}_data {source}"):
-        if len(rows) < span.stop:
-            kind = "train2014 images" if split == "train" else "images"
-            raise ValueError(f"it has {len(rows)} distinct {kind} and {span.stop} are needed: ask for fewer")
-        if args.image_root and not os.path.isdir(args.image_root):
-            raise ValueError(f"--image_root {args.image_root} is not a folder")
-        rows, folder = rows.select(span), args.image_root or source
-        local = [file for file in Path(folder).rglob("*") if file.suffix in (".zip", ".jpg", ".jpeg")]
-        seen = sorted([os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns] for file in local)
-        key = digest([seen or folder, rows["path"][:], rows["texts"][:], geometry, args.skip_bad_images])
+        key = digest([rows["checksum"][:], geometry, args.skip_bad_images])
         cache = Path(args.cache_dir, f"{key}.arrow").absolute()
         if RANK:
             gather()  # rank 0 decodes first, and the others find it done
         examples = None
         with suppress(ValueError, OSError):  # there is none, or it is damaged
             examples = datasets.Dataset.from_file(str(cache))
-        if examples is None or (len(examples) < len(span) and not args.skip_bad_images):  # or it was cut
-            examples = decode_rows(folder, rows, geometry, args.skip_bad_images, cache)
+        if examples is None or (len(examples) < len(rows) and not args.skip_bad_images):  # or it was cut
+            examples = decode_rows(image_folder(args, split), rows, geometry, args.skip_bad_images, cache)
         if not RANK:
             gather()
         if len(examples) == 0:
             cache.unlink(missing_ok=True)  # the next run says again which, and why
             raise ValueError("none of the images could be decoded")
-        if len(examples) < len(span):
-            print(f"--{split}_data {source}: {len(span) - len(examples)} broken images are left out")
+        if len(examples) < len(rows):
+            print(f"--{split}_data {source}: {len(rows) - len(examples)} broken images are left out")
         return examples.with_format("numpy", columns=["pixels"], output_all_columns=True, dtype=np.uint8)
 
 
@@ -891,18 +1388,19 @@ def match_files(paths, names):
     return found
 
 
-def load_training_sets(args, geometry):
-    """--num_images training images and the --val_images after them; ends with one line if one of them is evaluated.
+def load_training_sets(args, rows, geometry):
+    """Decode rows into --num_images training images and the --val_images after them; none may be an evaluation image.
 
-    That is known by COCO id (all rows of the evaluation split) and by pixels (those that the preset's table uses).
+    That is known by COCO id (all rows of the evaluation split) and by pixels (the images of the preset's table).
     """
-    training = load_examples(args, "train", range(args.num_images), geometry)
-    validation = load_examples(args, "train", range(args.num_images, args.num_images + args.val_images), geometry)
-    evaluated = load_rows(args, "eval")
+    training = load_examples(args, "train", rows.select(range(args.num_images)), geometry)
+    validation = load_examples(args, "train", rows.select(range(args.num_images, len(rows))), geometry)
+    evaluated, _ = read_rows(args, "eval")
     both = datasets.concatenate_datasets([training, validation])
     if shared := {*both["coco_id"]} & {*evaluated["coco_id"]}:
         fail(f"leakage: {len(shared)} COCO ids of --eval_data {args.eval_data} are trained on, such as {min(shared)}")
-    used = load_examples(args, "eval", range(min(len(evaluated), PRESETS["eval_images"][args.preset])), geometry)
+    count = min(len(evaluated), PRESETS["eval_images"][args.preset])
+    used = load_examples(args, "eval", load_rows(args, "eval", count), geometry)
     path_of = {row["pixels"].tobytes(): row["path"] for row in used}
     for row in both:
         if twin := path_of.get(row["pixels"].tobytes()):
@@ -1001,18 +1499,21 @@ def to_pixels(images, pixels, eps):
     return (pixels + delta).clamp(0, 255).byte().cpu()
 
 
-def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="attack"):
+def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="attack", first=0, part_key=""):
     """Attack every image, a batch at a time; under torchrun this process's share: rank 0 has the first images.
 
     loss_at   slice of the images -> loss_fn of them for pgd(), such as own_caption()
     pixels    uint8 (N, 3, H, W), or a column of examples
     start     likewise: where to begin, if not at the images; a seed of the attack adds noise
-    run       keeps each batch under (what, attack, its pixels): one that a killed run has kept is not attacked again
+    run       stores each batch under (what, part_key, attack, its pixels): one that a killed run has stored is not
+              attacked again
+    first     index of the first image to attack
     yields    (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, {what must be looked at before it is believed: count})
     """
-    size = min(clip.batch_size, math.ceil(len(pixels) / PROCESSES))  # so that all have work
-    starts = np.array_split(np.arange(0, len(pixels), size), PROCESSES)[RANK].tolist()
-    with progress(what=what, total=min(len(starts) * size, len(pixels)) * (attack.steps + 1), unit="step") as bar:
+    size = min(clip.batch_size, math.ceil((len(pixels) - first) / PROCESSES))  # so that all have work
+    starts = np.array_split(np.arange(first, len(pixels), size), PROCESSES)[RANK].tolist()
+    total = min(len(starts) * size, len(pixels) - first) * (attack.steps + 1)
+    with progress(what=what, total=total, unit="step") as bar:
 
         def counted(loss_fn, images):  # image-steps: the bar moves within a batch
             bar.update(len(images))
@@ -1021,8 +1522,8 @@ def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="att
         for at in starts:
             here = slice(at, min(at + size, len(pixels)))
             clean, first = (np.asarray(x[here]) for x in (pixels, pixels if start is None else start))
-            key = [what, asdict(attack), at, hashlib.sha256(clean.tobytes() + first.tobytes()).hexdigest()]
-            done = run and run.kept(key)
+            key = [what, part_key, asdict(attack), at, hashlib.sha256(clean.tobytes() + first.tobytes()).hexdigest()]
+            done = run and run.load_part(key)
             if not done:
                 images, begin = as_images(clean, clip.device), as_images(first, clip.device)
                 if attack.seed is not None:
@@ -1033,7 +1534,7 @@ def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="att
                 moved = {"max_abs_delta_grey_levels": int(linf.max()), "images_unmoved": int((linf == 0).sum())}
                 done = {"pixels": pixels_adv, "health": moved | wrong}
                 if run:
-                    run.keep(key, done)
+                    run.save_part(key, done)
             yield here, done["pixels"], done["health"]
 
 
@@ -1059,26 +1560,54 @@ def linf_grey_levels(pixels, pixels_adv):
 
 
 def adversarial_folder(args, split):
-    """--adversarial_dir; its default is made first by generate_pgd_adversarial.py, with the same data and budget."""
-    folder = Path(args.adversarial_dir or Path(args.output_dir).parent / f"adversarial_{split}")
-    if not (folder / "metrics.json").exists():
-        if args.adversarial_dir:
-            fail(f"--adversarial_dir {folder} is not a finished folder of generate_pgd_adversarial.py")
-        print(f"{folder} is not there yet and is made first:")
-        run_script("generate_pgd_adversarial.py", args, folder.name, "--split", split, "--num_images", args.num_images)
+    """Return --adversarial_dir, or its default, which generate_pgd_adversarial.py makes or extends where it must."""
+    folder = Path(args.adversarial_dir or stage_folder(args, f"adversarial_{split}"))
+    command = command_of("generate_pgd_adversarial.py", args, f"adversarial_{split}", "--split", split)
+    command += ["--num_images", str(args.num_images)]
+    record = load_record(folder / "metrics.json") if (folder / "metrics.json").exists() else None
+    if record:
+        require_same(folder, args, "model", "pretrained", "eps", "alpha", "steps", command=command)
+    if record and record["args"]["num_images"] >= args.num_images:
+        return folder
+    if args.adversarial_dir:
+        what = f"has {record['n']} images" if record else "is no finished folder of generate_pgd_adversarial.py"
+        fail(f"--adversarial_dir {folder} {what}, and {args.num_images} are needed. Leave it out to have them made")
+    print(f"{folder} {'has too few images and is extended' if record else 'is not there yet and is made'} first:")
+    run_script(command)
     return folder
 
 
-def require_same(folder, args, *flags):
-    """The record of the run in folder; ends unless it has args' values of these flags, and is of the same weights."""
+def require_same(folder, args, *flags, command):
+    """Return the record of the run in folder; end unless it has args' values of these flags, and the same weights.
+
+    command   what makes the folder as it should be
+    """
     record = load_record(folder / "metrics.json")
+    weights = model_checksums(args.model, args.pretrained)
+    changes = [f"other {key}" for key, value in weights.items() if record["inputs"].get(key) != value]
     for flag in flags:
         was, now = record["args"].get(flag), portable(getattr(args, flag))
         if was != now:
-            fail(f"{folder} was made with --{flag} {was}, not {now}: give another folder")
-    if stamps(args).items() - record["inputs"].items():
-        fail(f"{folder} was made with other weights, which lay under the same name: make it again with --overwrite")
+            changes.append(f"--{flag} {flag_text(flag, was)}, not {flag_text(flag, now)}")
+    if changes:
+        remedy = f"To make it again: {shlex.join(['python', *command, '--overwrite'])}"
+        if getattr(args, "adversarial_dir", None) == str(folder):
+            remedy = "Leave --adversarial_dir out to have the right images made"
+        fail(f"{folder} was made with {'; '.join(changes)}. {remedy}")
     return record
+
+
+def read_entries(folder):
+    """Read the metadata.jsonl of a folder of adversarial images: a list of dictionaries, in the images' order."""
+    file = folder / "metadata.jsonl"
+    with about(f"{file}: make it again with generate_pgd_adversarial.py --overwrite"):
+        entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [{**entry, "sha256": str(entry["sha256"])} for entry in entries]
+
+
+def adversarial_checksum(folder, count):
+    """Return {what: checksum} of the first count adversarial images of a folder, for the identity of a run."""
+    return {"adversarial images": digest([entry["sha256"] for entry in read_entries(folder)[:count]])}
 
 
 def load_adversarial(folder, examples, args):
@@ -1086,11 +1615,9 @@ def load_adversarial(folder, examples, args):
 
     Refused are twins of another attack or caption, missing, altered, of another size, or outside the ball.
     """
-    require_same(folder, args, "model", "pretrained", "eps", "alpha", "steps")
-    listed, remedy, twins = folder / "metadata.jsonl", "make it again with generate_pgd_adversarial.py --overwrite", []
-    with about(f"{listed}: {remedy}"):
-        entries = map(json.loads, listed.read_text().splitlines())
-        checksums = {(entry["coco_id"], entry["caption"]): entry["sha256"] for entry in entries}
+    remedy, twins = "make it again with generate_pgd_adversarial.py --overwrite", []
+    with about(f"{folder / 'metadata.jsonl'}: {remedy}"):
+        checksums = {(entry["coco_id"], entry["caption"]): entry["sha256"] for entry in read_entries(folder)}
     for row in progress(examples, "read", unit="image"):
         file = folder / twin_name(row["coco_id"])  # by the id: what the metadata names is not opened
         with about(f"{file}: {remedy}"):
@@ -1139,7 +1666,7 @@ def check_gradient(clip, pixels, captions):
     agreement = F.cosine_similarity(first.flatten(), pixel_gradient(clip, pixels, captions).flatten(), dim=0).item()
     clip.bf16 = gather(agreement)[0] > 0.95  # rank 0's decides for all
     if not clip.bf16:
-        said = f"{clip.arch}: the bf16 gradient has a cosine of {agreement:.3f} with the fp32 one"
+        said = f"{clip.name}: the bf16 gradient has a cosine of {agreement:.3f} with the fp32 one"
         if clip.precision == "bf16":
             fail(f"{said}: --precision fp32")
         print(f"{said}: going on in fp32", flush=True)
@@ -1194,7 +1721,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(training) / self.size)
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.log, self.epochs, self.stopped = [], [], None
-        if state := run.kept("state"):
+        if state := run.load_part("state"):
             self.visual.load_state_dict(state["visual"])
             optimizer.load_state_dict(state["optimizer"])
             self.log, self.epochs = state["log"], state["epochs"]
@@ -1205,7 +1732,7 @@ class Trainer:
         self.text_features = clip.encode_text(captions)  # (N, D)
 
         model, tower = (sum(p.numel() * 4 for p in module.parameters()) for module in (clip.model, self.visual))
-        run.begin(2 * model + 2 * 3 * tower)  # best.pt, last.pt; weights and two moments, and the next of them
+        run.require_space(2 * model + 2 * 3 * tower)  # best.pt, last.pt; weights and two moments, and the next of them
         if not RANK:
             save(run.dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 
@@ -1253,7 +1780,7 @@ class Trainer:
         due = step % self.steps_per_epoch == 0 or time.perf_counter() - self.saved >= 60 * args.save_every
         if due and not RANK and not self.stopped:
             state = {"visual": self.visual.state_dict(), "optimizer": self.optimizer.state_dict()}
-            self.run.keep("state", state | {"log": self.log, "epochs": self.epochs})
+            self.run.save_part("state", state | {"log": self.log, "epochs": self.epochs})
             self.saved = time.perf_counter()
 
     def end_epoch(self, epoch, loss):
@@ -1272,8 +1799,7 @@ class Trainer:
         say(f"{line}white-box {attacked:.3f}{'  *' if best else ''}")
         checkpoint = {  # plain types: weights_only=True and open_clip.create_model(name, pretrained=FILE) open it
             "epoch": epoch,
-            "name": clip.arch,
-            "quick_gelu": has_quick_gelu(clip.model),
+            "name": clip.name,
             "state_dict": {key: value.cpu() for key, value in clip.model.state_dict().items()},
             "train_ids": sorted({*self.training["coco_id"], *clip.train_ids}),  # of the weights it started from, too
             "args": {key: value for key, value in self.run.record["args"].items() if key not in NOT_IN_RESULT},

@@ -59,11 +59,12 @@ def gaussian_blur(images, sigma):
 
 
 def main(args):
-    run = common.Run(args)
-    if run.finished:
+    rows = common.load_rows(args, "train", args.num_images + args.val_images)
+    run = common.Run(args, common.code_checksums(__file__), rows)
+    if run.previous:
         return
     clip = common.load_clip(args)
-    training, validation = common.load_training_sets(args, clip.geometry)
+    training, validation = common.load_training_sets(args, rows, clip.geometry)
     visual, pixels = clip.model.visual, training["pixels"]
     matrices, others = ([p for p in visual.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -39,11 +39,13 @@ def main(args):
     if args.online_steps and args.adversarial_dir:
         common.fail("--adversarial_dir is of offline training: leave it or --online_steps out")
     folder = None if args.online_steps else common.adversarial_folder(args, "train")
-    run = common.Run(args, [folder] if folder else [])
-    if run.finished:
+    rows = common.load_rows(args, "train", args.num_images + args.val_images)
+    inputs = common.adversarial_checksum(folder, args.num_images) if folder else {}
+    run = common.Run(args, common.code_checksums(__file__), rows, inputs)
+    if run.previous:
         return
     clip = common.load_clip(args)
-    training, validation = common.load_training_sets(args, clip.geometry)
+    training, validation = common.load_training_sets(args, rows, clip.geometry)
     offline = common.load_adversarial(folder, training, args) if folder else None  # uint8 (N, 3, H, W)
     original = clip.encode_pixels(training["pixels"]) if args.online_steps else None  # (N, D), FARE's targets
     visual, pixels = clip.model.visual, training["pixels"]

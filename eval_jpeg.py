@@ -118,14 +118,16 @@ def through(codec, qualities, encode_image, seed=0, among=None):
 
 def main(args):
     folder = common.adversarial_folder(args, "eval")
-    run = common.Run(args, [folder])
-    if run.finished:
+    rows = common.load_rows(args, "eval", args.num_images)
+    inputs = common.adversarial_checksum(folder, args.num_images)
+    run = common.Run(args, common.code_checksums(__file__), rows, inputs)
+    if run.previous:
         return
     clip = common.load_clip(args)
-    examples = common.load_examples(args, "eval", range(args.num_images), clip.geometry)
+    examples = common.load_examples(args, "eval", rows, clip.geometry)
     pixels, transfer = examples["pixels"], common.load_adversarial(folder, examples, args)
     common.announce(clip, pixels, examples["caption"][:], len(args.qualities) * len(pixels) * args.steps)
-    run.begin(1.1 * len(args.qualities) * transfer.nbytes)
+    run.require_space(1.1 * len(args.qualities) * transfer.nbytes)
     text_features = clip.encode_text(examples["caption"][:])
     attack, qualities, health = common.white_box(args.eps, args.steps, through_jpeg=True), {}, {}
     print(f"{len(pixels)} images       clean  transfer  adaptive")

@@ -21,7 +21,7 @@ import math
 import re
 import textwrap
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.figure
@@ -44,6 +44,13 @@ REPORT = {  # Adversarial Robustness Evaluation for CLIP Models, on CLIP ViT-L/1
     "JPEG 30": (0.2513, 0.2329, 0.957),
 }
 TRAINED = {"MAT": "mat", "caption-aware": "pgd", "FARE, online": "online"}  # row -> stage folder
+STAGES = {  # stage folder -> the script that makes it, and its flags
+    "mat": ["defend_clip_mat_v2.py"],
+    "pgd": ["defend_clip_pgd_v2.py", "--loss_threshold", 0.1],
+    "online": ["defend_clip_pgd_v2.py", "--online_steps", 2],
+}
+# flags that choose rows: a complete table is extended by them
+ROW_FLAGS = ["qualities", "defence", "checkpoint", "adversarial_dir", "sanity"]
 SANITY_IMAGES = 24
 SETTLED = 0.02  # by so much may a longer search still lower the mean cosine
 EPS_CURVE = [0, 1, 2, 4, 8, 16, 32, 64]  # grey levels
@@ -77,17 +84,27 @@ def parse_args(argv=None):
 def reproduce(args):
     """Run the stages, each as its own command; one that is complete and was made with these flags ends at once."""
     flags = f"{common.SHARED} overwrite"
-    train, pgd = "defend_clip_mat_v2.py", "defend_clip_pgd_v2.py"
-    attack, evaluated = "generate_pgd_adversarial.py", ["--split", "eval", "--num_images", args.num_images]
-    common.run_script(attack, args, "adversarial_train", "--split", "train", flags=f"{flags} batch_size")
-    common.run_script(attack, args, "adversarial_eval", *evaluated, flags=f"{flags} batch_size")
-    common.run_script(train, args, "mat", flags=flags)
-    common.run_script(pgd, args, "pgd", "--loss_threshold", 0.1, flags=flags)
-    common.run_script(pgd, args, "online", "--online_steps", 2, flags=flags)
+    generate, counts = "generate_pgd_adversarial.py", {"train": [], "eval": ["--num_images", args.num_images]}
+    for split, words in counts.items():
+        words = ["--split", split, *words]
+        command = common.command_of(generate, args, f"adversarial_{split}", *words, flags=f"{flags} batch_size")
+        common.run_script(command)
+    for stage, (script, *words) in STAGES.items():
+        common.run_script(common.command_of(script, args, stage, *words, flags=flags))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows: a model, what its images go through first, the images themselves, and the captions to retrieve from
+
+
+@dataclass
+class Spec:
+    """A row of the table before anything is loaded."""
+
+    source: str | None = None  # of load_clip(); None is the original model
+    qualities: tuple = ()  # of the JPEG steps in front of it, in order; 'random' is drawn anew at each look
+    seconds: float | None = None  # training time
+    note: str | None = None  # what a reader of its figures must know
 
 
 @dataclass
@@ -99,8 +116,8 @@ class Row:
     captions: list[str]  # to retrieve from, M distinct ones
     own: torch.Tensor  # (N,) index of each image's own caption
     allowed: torch.Tensor  # (N, M) bool: candidates of each image
-    qualities: tuple = ()  # of the JPEG steps in front of it, in order; 'random' is drawn anew at each look
-    seconds: float | None = None  # training time
+    qualities: tuple = ()  # of Spec
+    key: str = ""  # digest of row_key()
 
     def view(self, encode_image, seed, codec=jpeg, here=None):
         """encode_image of the whole defence; its random draws start from seed; here: slice of the images that come."""
@@ -112,37 +129,74 @@ class Row:
         return replace(self, pixels=pixels, transfer=transfer, own=self.own[index], allowed=self.allowed[index])
 
 
-def build_rows(args, clip, folder, stages, examples):
-    """The rows in the table's order; folder: of the transferred images; stages: {row: folder} of finished trainings."""
+def list_rows(args):
+    """Return the rows in the table's order, {name: Spec}; those of trainings where they are finished."""
+    specs = {"original": Spec()}
+    for name, stage in TRAINED.items():
+        folder = common.stage_folder(args, stage)
+        if not (folder / "metrics.json").exists():
+            print(f"no finished run in {folder}: the row {name} is left out")
+            continue
+        script, *words = STAGES[stage]
+        command = common.command_of(script, args, stage, *words)
+        record = common.require_same(folder, args, "model", "pretrained", "eps", command=command)
+        specs[name] = Spec(str(folder / "best.pt"), (), record["training_seconds"], common.code_note(folder))
     taken = {"original", *TRAINED, *TRAINED.values(), *(f"JPEG {q}" for q in args.qualities)}
-    for name, _ in args.checkpoint:
+    for name, source in args.checkpoint:
         if name in taken:
             fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
         taken.add(name)
-    candidates, transfer = load_candidates(args.candidates, examples), common.load_adversarial(folder, examples, args)
-    original = Row("original", clip, examples[:]["pixels"], transfer, *candidates)
-    rows = {"original": original}
-    for name, stage in stages.items():
-        seconds = common.require_same(stage, args, "model", "pretrained", "eps")["training_seconds"]
-        rows[name] = replace(original, name=name, clip=load_clip(args, str(stage / "best.pt")), seconds=seconds)
-    for name, source in args.checkpoint:
-        rows[name] = row = replace(original, name=name, clip=load_clip(args, source))
-        if row.clip.geometry != clip.geometry:  # the same images in its own, the transferred ones as files reach it
-            row.pixels = load_examples(args, "eval", range(args.num_images), row.clip.geometry)[:]["pixels"]
-            transform = common.to_geometry(row.clip.geometry)
-            row.transfer = np.stack([transform(Image.fromarray(image.transpose(1, 2, 0))) for image in transfer])
-    for row in rows.values():
-        if leaked := row.clip.train_ids & {*examples["coco_id"]}:
-            fail(f"leakage: {row.name} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
+        specs[name] = Spec(source)
     short = {stage: name for name, stage in TRAINED.items()}  # --defence takes the name of a stage's folder, too
-    specs = {f"JPEG {q}": f"original+jpeg{q}" for q in args.qualities} | {spec: spec for spec in args.defence}
-    for name, spec in specs.items():
-        model, *steps = spec.split("+")
-        with common.about(f"--defence {spec}: write MODEL+jpegQ, MODEL one of {', '.join(rows)}"):
+    defences = {f"JPEG {q}": f"original+jpeg{q}" for q in args.qualities} | {spec: spec for spec in args.defence}
+    for name, text in defences.items():
+        model, *steps = text.split("+")
+        with common.about(f"--defence {text}: write MODEL+jpegQ, MODEL one of {', '.join(specs)}"):
             steps = tuple(jpeg_quality(re.fullmatch("jpeg(.+)", step)[1]) for step in steps)
-            behind = rows[short.get(model, model)]
-            rows[name] = replace(behind, name=name, qualities=behind.qualities + steps)
-    return list(rows.values())
+            behind = specs[short.get(model, model)]
+            specs[name] = replace(behind, qualities=behind.qualities + steps)
+    return specs
+
+
+def row_attack(args, spec):
+    """Return the white-box attack of a row."""
+    return common.white_box(args.eps, args.attack_steps, through_jpeg=bool(spec.qualities))
+
+
+def row_key(args, spec, images, code):
+    """Return what the figures of a row depend on, {part: checksum}: it is measured again where one differs.
+
+    images   checksums of the evaluation images and of the transferred ones
+    code     {part: code_checksums()} of what measures it and of the sanity checks
+    """
+    weights = []
+    if not spec.source or not spec.source.startswith(common.SCHEMAS):  # the original model, or a file of weights for it
+        weights = common.portable([args.model, args.pretrained])
+        weights += common.model_checksums(args.model, args.pretrained).values()
+    if spec.source:
+        weights += common.source_checksums(spec.source).values()
+    attack = [asdict(row_attack(args, spec)), spec.qualities, args.restarts, args.seed, args.precision]
+    parts = {"weights": weights, "images": images, "captions": args.candidates, "attack": attack} | code
+    return {name: common.digest(part) for name, part in parts.items()}
+
+
+def check_leakage(name, clip, examples):
+    """End if a model was trained on an evaluation image, as far as its weights say."""
+    if leaked := clip.train_ids & {*examples["coco_id"]}:
+        fail(f"leakage: {name} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
+
+
+def load_row(args, name, spec, original, examples):
+    """Load a row of the table: the model, and in its own geometry the images of the original's row."""
+    clip = load_clip(args, spec.source)
+    check_leakage(name, clip, examples)
+    row = replace(original, name=name, clip=clip, qualities=spec.qualities)
+    if clip.geometry != original.clip.geometry:  # the same images in its own, the transferred ones as files reach it
+        rows = examples.with_format(None).remove_columns("pixels")
+        row.pixels = load_examples(args, "eval", rows, clip.geometry)[:]["pixels"]
+        transform = common.to_geometry(clip.geometry)
+        row.transfer = np.stack([transform(Image.fromarray(image.transpose(1, 2, 0))) for image in original.transfer])
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +249,7 @@ def attack_row(attack, row, run=None):
 
     start = row.transfer if attack.seed is None else None
     what = f"{row.name}, {attack.loss}" + ", bf16" * clip.bf16
-    return attack_all(attack, loss_at, row.pixels, clip, start, run, what)
+    return attack_all(attack, loss_at, row.pixels, clip, start, run, what, part_key=row.key)
 
 
 def attack_both(attack, row, seed, run=None):
@@ -367,13 +421,14 @@ def setting(record):
 
 
 def marks_of(record):
-    """{row: its marks}: (!) it failed a check or its attack lacked a gradient, (?) it may not be loaded as trained."""
+    """{row: its marks}: (!) it failed a check or its attack lacked a gradient, (?) it may not be loaded as trained, (*)
+    it has a note."""
     marks, least = {}, record["rows"]["original"]["clean_recall_i2t@1"] / 3
     for name, row in record["rows"].items():
         health, checks = record["health"][name], record["sanity"].get(name, {}).get("checks", [])
         failed = health["images_with_zero_gradients"] + health["images_with_nonfinite_values"] > 0
         failed |= any(not holds for _, holds, _ in checks)
-        marks[name] = " (!)" * failed + " (?)" * (row["clean_recall_i2t@1"] < least)
+        marks[name] = " (!)" * failed + " (?)" * (row["clean_recall_i2t@1"] < least) + " (*)" * bool(row["note"])
     return marks
 
 
@@ -390,11 +445,14 @@ def report_of(record):
 
 
 def notes_on(record, marks, shown=str):
-    """What stands under the table: the pairs of rows that are not separated, and what (?) means if a row has it."""
+    """What stands under the table: the pairs of rows that are not separated, what (?) means, and the rows' notes."""
     pairs = [" ~ ".join(map(shown, pair["rows"])) for pair in record["paired"] if not pair["separated"]]
     what = "not separated in white-box similarity after these steps (95 % paired, over the images): "
-    said = what + ("; ".join(pairs) or "none, every pair differs") + "."
-    return [said, DOUBT] if "(?)" in "".join(marks.values()) else [said]
+    notes = [what + ("; ".join(pairs) or "none, every pair differs") + "."]
+    notes += [DOUBT] if "(?)" in "".join(marks.values()) else []
+    rows = {shown(name): row["note"] for name, row in record["rows"].items() if row["note"]}
+    notes += [f"(*) {name}: {shown(note)}" for name, note in rows.items()]
+    return notes + ([f"transfer: {shown(record['transfer_note'])}"] if record["transfer_note"] else [])
 
 
 def console_table(record):
@@ -544,57 +602,126 @@ def draw_eps_curves(path, record):
         axes[1].legend(fontsize=8, frameon=False)
 
 
+MEASURED = ["keys", "per_image", "health", "gradients", "sanity"]  # of metrics.json, each {row: ...}
+
+
 def main(args):
     if args.reproduce:
         reproduce(args)
     folder = common.adversarial_folder(args, "eval")
-    beside = {name: Path(args.output_dir).parent / stage for name, stage in TRAINED.items()}
-    stages = {name: stage for name, stage in beside.items() if (stage / "metrics.json").exists()}
-    run = common.Run(args, [folder, *stages.values(), *(f for _, s in args.checkpoint for f in common.model_files(s))])
-    if run.finished:
-        with common.about(f"{run.done} is damaged: make its folder again with --overwrite"):
-            print(console_table(run.finished))
+    rows, specs = common.load_rows(args, "eval", args.num_images), list_rows(args)
+    code = common.code_checksums(__file__, "Row", "measure", "load_row", "load_candidates", "row_attack")
+    run = common.Run(args, code, rows, extends=ROW_FLAGS)
+    images = [rows["checksum"][:], common.adversarial_checksum(folder, len(rows)), args.skip_bad_images]
+    code = {"code": code, "sanity": common.code_checksums(__file__, "sanity")}
+    keys = {name: row_key(args, spec, images, code) for name, spec in specs.items()}
+
+    record = {"args": run.record["args"], "transfer_note": common.code_note(folder)}
+    record["shown_by"] = common.digest(common.code_checksums(__file__))  # other code shows the same figures anew
+    take_measured(run, record, keys)
+    missing = [name for name in keys if name not in record["per_image"] or args.sanity and name not in record["sanity"]]
+    if run.previous and not missing and is_shown(record, run.previous, specs):
+        print(f"{run.dir} is complete and was made with these flags: nothing to do (--overwrite measures it again)")
+        print(console_table(run.previous))
         return
-    for name, stage in sorted(beside.items() - stages.items()):
-        print(f"no finished run in {stage}: the row {name} is left out")
 
-    clip = load_clip(args)
-    examples = load_examples(args, "eval", range(args.num_images), clip.geometry)
-    rows = build_rows(args, clip, folder, stages, examples)
-    battery = 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # attacks on an image, five times the steps as five; see sanity()
-    table = 2 * args.restarts * len(examples)  # both losses
-    attacked = len(rows) * (table + battery * min(SANITY_IMAGES, len(examples)) * args.sanity)  # at most
-    common.announce(clip, rows[0].pixels, examples["caption"][:], attacked * args.attack_steps)
-    for row in rows[1:]:
-        if not row.qualities:  # a row behind JPEG has the model of another
-            common.check_gradient(row.clip, row.pixels, examples["caption"][:])
-    run.begin(1.1 * attacked * rows[0].pixels[0].nbytes)
-
-    record = {"args": run.record["args"], "n": len(examples), "rows": {}, "sanity": {}, "health": {}}
-    per_row = record["per_image"] = {}
-    for row in rows:
-        attack = common.white_box(args.eps, args.attack_steps, through_jpeg=bool(row.qualities))
-        per_row[row.name], lowest, record["health"][row.name] = measure(row, attack, args.restarts, args.seed, run)
-        summary = summarise(per_row[row.name], args.seed, record["rows"].get("original"))
-        gradients = "bf16" if row.clip.bf16 else "fp32"
-        record["rows"][row.name] = summary | {"training_seconds": row.seconds, "gradients": gradients}
-        if row is rows[0] and not common.RANK:
-            draw_examples(run.dir / "examples.png", row.part(slice(4)), lowest[:4])
-        if args.sanity:
-            checks, curve = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)
-            record["sanity"][row.name] = {"checks": checks, "eps_curve": curve}
-    record |= {"paired": compare_rows(per_row, args.seed), "coco_ids": examples["coco_id"][:]}
-    if not common.RANK:
-        common.save(run.dir / "table.md", markdown_table(record))
-        draw_histograms(run.dir / "histogram.png", record)
-        draw_table(run.dir / "table.png", record)
-        (run.dir / "eps_curves.png").unlink(missing_ok=True)  # of a run before
-        if args.sanity:
-            draw_eps_curves(run.dir / "eps_curves.png", record)
-            for line in ["", *sanity_lines(record)]:
-                print(textwrap.fill(line, 80, subsequent_indent=" " * 7))
+    clip = measure_rows(args, run, record, specs, keys, missing, rows, folder) if missing else None
+    for kind in MEASURED:  # in the order of the table
+        record[kind] = {name: record[kind][name] for name in specs if name in record[kind]}
+    record["rows"] = {}
+    for name, spec in specs.items():
+        summary = summarise(record["per_image"][name], args.seed, record["rows"].get("original"))
+        summary |= {"training_seconds": spec.seconds, "gradients": record["gradients"][name], "note": spec.note}
+        record["rows"][name] = summary
+    record |= {"n": record["rows"]["original"]["n"], "paired": compare_rows(record["per_image"], args.seed)}
+    show(run, record)
     run.finish(clip, **record)
     print(f"\n{console_table(record)}\n\nin {run.dir}: table.md, metrics.json and figures")
+
+
+def take_measured(run, record, keys):
+    """Take over into the record what the folder's earlier table has measured under the same keys.
+
+    Rows that are not asked for now go to "not_shown", so that they need not be measured again some other time.
+    """
+    previous = run.previous or {}
+    unseen = previous.get("not_shown", {})
+    earlier = {kind: unseen.get(kind, {}) | previous.get(kind, {}) for kind in MEASURED}
+    record |= {kind: {} for kind in MEASURED} | {"not_shown": {kind: {} for kind in MEASURED}}
+    record["coco_ids"] = previous.get("coco_ids")
+    for name, was in earlier["keys"].items():
+        target = record if name in keys else record["not_shown"]
+        changed = [part for part in was if name in keys and was[part] != keys[name][part]]
+        if changed and changed != ["sanity"]:
+            why = ", ".join(f"code ({run.changed})" if part == "code" and run.changed else part for part in changed)
+            print(f"{name} is measured again: other {why}")
+            continue
+        for kind in MEASURED:
+            if name in earlier[kind] and not (changed and kind == "sanity"):
+                target[kind][name] = earlier[kind][name]
+        target["per_image"][name] = {
+            condition: {key: np.array(values, int if "rank" in key else np.float32) for key, values in scored.items()}
+            for condition, scored in earlier["per_image"][name].items()
+        }
+
+
+def is_shown(record, previous, specs):
+    """Return whether the folder's earlier table shows these rows, with these notes, by the code of now."""
+    shown = {name: row["note"] for name, row in previous["rows"].items()}
+    same = all(record[key] == previous[key] for key in ("transfer_note", "shown_by"))
+    return same and list(shown.items()) == [(name, spec.note) for name, spec in specs.items()]
+
+
+def measure_rows(args, run, record, specs, keys, missing, rows, folder):
+    """Measure the missing rows, and run their sanity checks, into the record; return the original model."""
+    clip = load_clip(args)
+    examples = load_examples(args, "eval", rows, clip.geometry)
+    check_leakage("original", clip, examples)
+    transfer = common.load_adversarial(folder, examples, args)
+    original = Row("original", clip, examples[:]["pixels"], transfer, *load_candidates(args.candidates, examples))
+    loaded = {None: original}  # a row for each model; one behind JPEG has the model of another
+    for name in missing:
+        if specs[name].source not in loaded:
+            loaded[specs[name].source] = load_row(args, name, specs[name], original, examples)
+
+    unmeasured = [name for name in missing if name not in record["per_image"]]
+    checks = 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # attacks on an image, five times the steps as five; see sanity()
+    attacked = len(missing) * checks * min(SANITY_IMAGES, len(examples)) * args.sanity  # at most
+    attacked += len(unmeasured) * 2 * args.restarts * len(examples)  # both losses
+    common.announce(clip, original.pixels, examples["caption"][:], attacked * args.attack_steps)
+    for row in loaded.values():
+        if row is not original:
+            common.check_gradient(row.clip, row.pixels, examples["caption"][:])
+    run.require_space(1.1 * attacked * original.pixels[0].nbytes)
+
+    record["coco_ids"] = examples["coco_id"][:]
+    for name in missing:
+        spec, attack = specs[name], row_attack(args, specs[name])
+        row = replace(loaded[spec.source], name=name, qualities=spec.qualities, key=common.digest(keys[name]))
+        if name in unmeasured:
+            conditions, lowest, record["health"][name] = measure(row, attack, args.restarts, args.seed, run)
+            record["per_image"][name], record["gradients"][name] = conditions, "bf16" if row.clip.bf16 else "fp32"
+            if name == "original" and not common.RANK:
+                draw_examples(run.dir / "examples.png", row.part(slice(4)), lowest[:4])
+        if args.sanity:
+            checks, curve = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)
+            record["sanity"][name] = {"checks": checks, "eps_curve": curve}
+        record["keys"][name] = keys[name]
+    return clip
+
+
+def show(run, record):
+    """Write the table and the figures, and print the sanity checks."""
+    if common.RANK:
+        return
+    common.save(run.dir / "table.md", markdown_table(record))
+    draw_histograms(run.dir / "histogram.png", record)
+    draw_table(run.dir / "table.png", record)
+    (run.dir / "eps_curves.png").unlink(missing_ok=True)  # of a run before
+    if record["sanity"]:
+        draw_eps_curves(run.dir / "eps_curves.png", record)
+        for line in ["", *sanity_lines(record)]:
+            print(textwrap.fill(line, 80, subsequent_indent=" " * 7))
 
 
 if __name__ == "__main__":

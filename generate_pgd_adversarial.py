@@ -39,24 +39,26 @@ def write_png(path, pixels):
 
 
 def main(args):
-    run = common.Run(args)
-    if run.finished:
+    rows, code = common.load_rows(args, args.split, args.num_images), common.code_checksums(__file__)
+    run = common.Run(args, code, extends=["num_images"])
+    done = earlier_entries(run, rows, args)
+    if run.previous and run.previous["args"]["num_images"] >= args.num_images:
+        print(f"{run.dir} is complete and was made with these flags: nothing to do (--overwrite makes it again)")
+        common.print_note(common.code_note(run.dir))
         return
     clip = common.load_clip(args)
-    examples = common.load_examples(args, args.split, range(args.num_images), clip.geometry)
+    examples = common.load_examples(args, args.split, rows, clip.geometry)
     pixels, captions, ids = examples["pixels"], examples["caption"][:], examples["coco_id"][:]
-    common.announce(clip, pixels, captions, len(pixels) * args.steps)
-    run.begin(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run keeps
+    common.announce(clip, pixels, captions, (len(pixels) - len(done)) * args.steps)
+    run.require_space(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run stores
     files = [common.twin_name(coco_id) for coco_id in ids]
     (run.dir / "images").mkdir(exist_ok=True)
-    for stale in {*(run.dir / "images").glob("[0-9]*.png")} - {run.dir / file for file in files}:
-        stale.unlink(missing_ok=True)  # of a run with more images; another process may have done it
 
     attack, text_features = common.Attack(args.eps, args.alpha, args.steps, args.seed), clip.encode_text(captions)
     loss_at = common.own_caption(clip.frozen(), text_features)
     entries, healths = [], []
     with ThreadPoolExecutor(args.num_workers) as pool:
-        for here, pixels_adv, health in common.attack_images(attack, loss_at, pixels, clip, run=run):
+        for here, pixels_adv, health in common.attack_images(attack, loss_at, pixels, clip, run=run, first=len(done)):
             paths = [run.dir / file for file in files[here]]
             saved, checksums = zip(*pool.map(write_png, paths, pixels_adv.numpy()))
             both = pixels[here], np.stack(saved)
@@ -64,10 +66,12 @@ def main(args):
             linf = common.linf_grey_levels(*both).tolist()
             keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf", "sha256"
             columns = files[here], captions[here], ids[here], *cosines, linf, checksums
-            entries += [dict(zip(keys, row)) for row in zip(*columns)]
+            sources = examples["checksum"][here]
+            entries += [dict(zip((*keys, "source"), row)) for row in zip(*columns, sources)]
             healths.append(health)
     entries, healths = (sum(shares, []) for shares in zip(*common.gather((entries, healths))))
-    health = common.sum_health(healths)
+    entries = done + entries
+    health = common.sum_health([run.previous["attack"], *healths] if done else healths)
     if not common.RANK:
         common.save(run.dir / "metadata.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
     clean, adversarial = (np.array([e[f"{kind}_similarity"] for e in entries]) for kind in ("clean", "adversarial"))
@@ -78,12 +82,31 @@ def main(args):
         adversarial_similarity=adversarial.mean(),
         share_lowered=(adversarial < clean).mean(),
         attack=health,
-        images_per_s=len(entries) / run.seconds(),
+        images_per_s=(len(entries) - len(done)) / run.seconds(),
     )
     print(
         f"{run.dir}: {len(entries)} images, similarity {clean.mean():.4f} -> {adversarial.mean():.4f}, lowered on "
         f"{(adversarial < clean).mean():.1%}, largest change {health['max_abs_delta_grey_levels']}/255"
     )
+
+
+def earlier_entries(run, rows, args):
+    """Return the lines of metadata.jsonl that a complete run of fewer or more images has written; [] if there is none.
+
+    Its images must be the first of these rows, or these the first of its: else they are of other data, and it ends.
+    """
+    if not run.previous:
+        return []
+    entries = common.read_entries(run.dir)
+    made, count = [entry.get("source") for entry in entries], run.previous["args"]["num_images"]
+    wanted = [checksum for checksum in rows["checksum"][:count] if checksum in {*made} or not args.skip_bad_images]
+    changes = "other images or captions" if made[: len(wanted)] != wanted else ""
+    if count < args.num_images and run.changed:
+        changes = f"other code ({run.changed})"  # its images and the further ones would not be of one kind
+    if changes:
+        remedy = "To replace it, add --overwrite; to keep it, choose another --output_dir"
+        common.fail(f"{run.dir} was made with {changes}. {remedy}")
+    return entries
 
 
 if __name__ == "__main__":
