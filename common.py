@@ -53,7 +53,7 @@ import huggingface_hub
 import numpy as np
 import open_clip
 import PIL
-import safetensors
+import safetensors.torch
 import torch
 import torchvision
 from open_clip.transform import PreprocessCfg, image_transform_v2, to_2tuple
@@ -162,7 +162,7 @@ def add_train_args(parser):
     flag("--grad_checkpointing", action="store_true", help="less memory, a third more time")
     flag("--loss_threshold", type=number(1e-12, 10**6, float), help="stop when the loss of --loss_window is below")
     flag("--loss_window", type=number(1), default=50, help="steps averaged; one batch of 16 alone is noise")
-    flag("--val_images", type=number(1), help="further training images, which choose the best epoch")
+    flag("--val_images", type=number(1), help="further training images, for the figures after each epoch")
 
 
 def parse_flags(parser, argv, stage, images):
@@ -349,17 +349,14 @@ class Run:
         }
         self.previous, begun = gather(None if RANK else self.take_folder())[0]  # what rank 0 has found there
         self.changed = changed_code(self.previous, code) if self.previous else ""
-        if self.previous and not extends:
-            print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite runs it again)")
-            print_note(code_note(self.dir))
         if begun:
             self.record |= {"started": begun["started"], "seconds": begun["seconds"]}
             print(f"{self.dir} holds an unfinished run: resuming ({begun['seconds']:.0f} s were done before)")
 
     def take_folder(self):
         """Lock the folder until this process ends; return the records of this run in it, complete and unfinished."""
-        made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
         with about(f"cannot write to --output_dir {self.dir}"):
+            made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
             self.dir.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.dir, os.O_RDONLY)
             self.release = weakref.finalize(self, release_folder, folder, made)
@@ -397,7 +394,7 @@ class Run:
         was, now = flags_of(old), flags_of(new)
         changes = [f"--{key} {flag_text(key, was.get(key))}, not {flag_text(key, now.get(key))}"
                    for key in sorted(differences(was, now))]  # fmt: skip
-        changes += [f"other {key}" for key in sorted(differences(old["inputs"], new["inputs"]))]
+        changes += [other_input(key) for key in sorted(differences(old["inputs"], new["inputs"]))]
         if code := not complete and changed_code(old, new["code"]):
             changes.append(f"other code ({code})")
         if not changes:
@@ -407,6 +404,14 @@ class Run:
             remedy = "To replace it, add --overwrite; to keep it, choose another --output_dir"
             fail(f"{self.dir} {what} with {'; '.join(changes)}. {remedy}")
         return None
+
+    def report_complete(self):
+        """Say that there is nothing to do, and whether the code has changed since."""
+        print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite makes it again)")
+        if note := code_note(self.dir):
+            print(f"note: {note}")
+        if not RANK:
+            shutil.rmtree(self.partial, ignore_errors=True)  # of a process killed before it could
 
     def require_space(self, num_bytes):
         """End unless the folder has room for so many bytes, what it holds already included.
@@ -475,6 +480,11 @@ def release_folder(folder, made):
 def flag_text(key, value):
     """Write the value of a flag as a user would type it."""
     return radius_text(value) if key in ("eps", "alpha") and isinstance(value, float) else value
+
+
+def other_input(key):
+    """Say that an input of a run, a file or a kind of thing, is not the one that it was made with."""
+    return f"another version of {key}" if "/" in key else f"other {key}"
 
 
 def portable(value):
@@ -578,7 +588,7 @@ def changed_code(record, code):
     was = record.get("code")
     if was is None:
         return "it does not say which"
-    changed = sorted(key for key in was.keys() | code.keys() if was.get(key) != code.get(key))
+    changed = [key for key in was if code.get(key) != was[key]]  # what is reached anew is named by one of these
     return ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") + (
         f" {'has' if len(changed) == 1 else 'have'} changed" if changed else ""
     )
@@ -597,18 +607,18 @@ def code_note(folder):
     return code_note(Path(images)) if images and (Path(images) / "metrics.json").is_file() else None
 
 
-def print_note(note):
-    if note:
-        print(f"note: {note}", flush=True)
-
-
 def save(path, value):
-    """Write tensors (.pt), a PIL image (.png), plain values or a text: path is whole then, or as it was before."""
+    """Write tensors, a PIL image (.png), plain values or a text: path is whole then, or as it was before.
+
+    value   for .safetensors ({name: tensor}, {key: text}), for .pt whatever torch.save takes
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             if path.suffix == ".pt":
                 torch.save(value, file)
+            elif path.suffix == ".safetensors":
+                file.write(safetensors.torch.save(*value))
             elif path.suffix == ".png":
                 value.save(file, "PNG", compress_level=1)  # 6 saves 5 % for 30 % more time
             else:
@@ -640,16 +650,18 @@ class Clip(torch.nn.Module):
     train_ids   COCO ids that its weights were trained on, a set
     """
 
-    def __init__(self, model, name, config, tokenizer, device, precision, batch_size, train_ids):
+    def __init__(self, model, name, model_cfg, tokenizer, device, precision, batch_size, train_ids):
         super().__init__()
         self.model, self.device, self.batch_size = model.to(device).eval(), device, batch_size
-        self.name, self.config, self.tokenizer = name, config, tokenizer
+        self.name, self.tokenizer = name, tokenizer
         if not all(weights.isfinite().all() for weights in model.state_dict().values()):
             raise ValueError("its weights are not finite: they are damaged, or of a training that diverged")
         able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision, self.bf16 = precision, precision == "bf16" or (precision == "auto" and able)
         self.geometry = dict(open_clip.get_model_preprocess_cfg(model))
         self.geometry["size"] = to_2tuple(self.geometry["size"])
+        preprocess_cfg = {key: value for key, value in self.geometry.items() if key != "size"}
+        self.config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
         for key in ("mean", "std"):  # part of the model: what is attacked are pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
         self.text_cache, self.train_ids = {}, train_ids
@@ -800,6 +812,7 @@ DELTA_CLIP_TOKENIZER = {  # of Delta-CLIP (arXiv:2501.09446), whose own code has
 }
 
 
+@lru_cache
 def model_folder(name):
     """Return the folder of a local-dir: or hf-hub: model; what is missing of a hub's model is downloaded.
 
@@ -811,21 +824,31 @@ def model_folder(name):
     repo = name.removeprefix("hf-hub:")
     folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=["*.json", "*.txt", "*.model"]))
     for file in WEIGHTS:
-        with suppress(huggingface_hub.errors.EntryNotFoundError):
+        try:
             huggingface_hub.hf_hub_download(repo, file, revision=folder.name)
             break
+        except huggingface_hub.errors.LocalEntryNotFoundError as error:  # the hub is out of reach
+            unreachable = error
+        except huggingface_hub.errors.EntryNotFoundError:
+            unreachable = None
+    if not any((folder / file).is_file() for file in WEIGHTS) and unreachable:
+        raise unreachable
     return folder
 
 
-def model_checksums(name, pretrained=""):
-    """Return what identifies a model beside its name: {file: sha256}, or for the hub {name: commit}."""
+def model_checksums(name, pretrained="", flag="--model"):
+    """Return what identifies a model beside its name: {file: sha256}, or for the hub {name: commit}.
+
+    flag   that the name was given by, for messages
+    """
     files = [Path(pretrained)] if os.path.isfile(pretrained) else []
-    with about(f"cannot load --model {name}"):
+    with about(f"cannot load {flag} {name}"):
         if name.startswith("hf-hub:"):
             return {name: model_folder(name).name} | file_checksums(files)
         if name.startswith("local-dir:"):
             folder = model_folder(name)
-            configs = ["open_clip_config.json", "config.json", "preprocessor_config.json", "tokenizer.json"]
+            configs = ["open_clip_config.json", "config.json", "preprocessor_config.json"]
+            configs += ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
             files += [folder / file for file in configs if (folder / file).is_file()]
             files += [] if pretrained else [weights_file(folder)]
     return file_checksums(files)
@@ -833,7 +856,9 @@ def model_checksums(name, pretrained=""):
 
 def source_checksums(source):
     """model_checksums() of what a row of evaluate.py is loaded from: local-dir:, hf-hub: or a file of weights."""
-    return model_checksums(source) if source.startswith(SCHEMAS) else file_checksums([Path(source)])
+    if source.startswith(SCHEMAS):
+        return model_checksums(source, flag="--checkpoint")
+    return file_checksums([Path(source)])
 
 
 def file_checksums(files):
@@ -843,6 +868,8 @@ def file_checksums(files):
 
 def weights_file(folder):
     """Return the file of weights in the folder of a model."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -905,10 +932,14 @@ def config_from_transformers(folder):
     names = {"image_mean": "mean", "image_std": "std"}
     preprocess_cfg = {ours: theirs[name] for name, ours in names.items() if name in theirs}
     filters = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+    if theirs.get("resample", 3) not in filters:
+        raise ValueError(f"its preprocessor_config.json resizes by a filter that open_clip lacks, {theirs['resample']}")
     preprocess_cfg["interpolation"] = filters[theirs.get("resample", 3)]
-    size = theirs.get("size", {"shortest_edge": vision["image_size"]})
-    squash = isinstance(size, dict) and "shortest_edge" not in size
-    preprocess_cfg["resize_mode"] = "squash" if squash else "shortest"
+    size = theirs.get("size", vision["image_size"])
+    size = size if isinstance(size, dict) else {"shortest_edge": size}
+    if set(size.values()) != {vision["image_size"]}:
+        raise ValueError(f"its images are resized to {size}, and its model takes {vision['image_size']} pixels")
+    preprocess_cfg["resize_mode"] = "shortest" if "shortest_edge" in size else "squash"
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 
@@ -943,6 +974,21 @@ def rename_from_transformers(tensors):
     return {name: tensor for name, tensor in renamed.items() if not name.endswith(".position_ids")}
 
 
+def save_model(folder, clip, train_ids):
+    """Write a model that open_clip opens as local-dir:FOLDER, its configuration last: with one the folder is whole.
+
+    train_ids   COCO ids that it was trained on, kept in the metadata of the weights
+    """
+    config = folder / "open_clip_config.json"
+    config.unlink(missing_ok=True)
+    weights = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in clip.model.state_dict().items()}
+    metadata = {"format": "pt", "train_ids": json.dumps(sorted(train_ids))}
+    save(folder / "open_clip_model.safetensors", (weights, metadata))
+    if hasattr(clip.tokenizer, "save_pretrained"):  # one of Hugging Face, which open_clip looks for in the folder
+        clip.tokenizer.save_pretrained(folder)
+    save(config, clip.config)
+
+
 def shared_preprocessing(name):
     """Return the preprocess_cfg that all published weights of an open_clip architecture have in common, or None."""
     found = []
@@ -964,7 +1010,7 @@ def load_clip(args, source=None):
     torch.manual_seed(args.seed)  # random weights are the same in every script
     with about(f"cannot load --model {name} --pretrained {pretrained!r}; open_clip.list_pretrained() lists both"):
         make = model_from_folder if name.startswith(SCHEMAS) else model_by_name
-        model, config, tokenizer, weights = make(name, pretrained)
+        model, model_cfg, tokenizer, weights = make(name, pretrained)
     train_ids = set()
     for file in [weights, source and Path(source)]:
         if file:
@@ -972,7 +1018,7 @@ def load_clip(args, source=None):
                 train_ids |= load_weights(model, file, tower_alone=file is not weights)
     with about(f"cannot use {source or weights or pretrained} for {name}"):
         device = pick_device(args.device)
-        return Clip(model, name, config, tokenizer, device, args.precision, args.batch_size, train_ids)
+        return Clip(model, name, model_cfg, tokenizer, device, args.precision, args.batch_size, train_ids)
 
 
 def model_from_folder(name, pretrained):
@@ -993,9 +1039,8 @@ def model_from_folder(name, pretrained):
         tokenizer = load_tokenizer(files, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
     else:
         tokenizer = open_clip.SimpleTokenizer(**options)
-    if pretrained:
-        return model, config, tokenizer, Path(pretrained) if pretrained != "random" else None
-    return model, config, tokenizer, weights_file(folder)
+    weights = Path(pretrained) if os.path.isfile(pretrained) else None if pretrained else weights_file(folder)
+    return model, config["model_cfg"], tokenizer, weights
 
 
 def load_tokenizer(source, **options):
@@ -1024,8 +1069,7 @@ def model_by_name(name, pretrained):
             print(f"note: {name} computes {pretrained} with {activation}; the file does not say whether that is right")
     else:
         model = open_clip.create_model(name, pretrained, require_pretrained=True)
-    config = {"model_cfg": model_cfg, "preprocess_cfg": dict(open_clip.get_model_preprocess_cfg(model))}
-    return model, config, open_clip.get_tokenizer(name), Path(pretrained) if is_file else None
+    return model, model_cfg, open_clip.get_tokenizer(name), Path(pretrained) if is_file else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1041,17 +1085,22 @@ def load_weights(model, file, tower_alone=False):
     saved, train_ids = read_tensors(file)
     if is_transformers(file.parent) and file.name in WEIGHTS:
         saved = rename_from_transformers(saved)
+    names = [name for _, tensors in tensor_dicts(saved) for name in tensors]
     wholes, towers = find_weights(saved, model), find_weights(saved, model.visual)
     fits = [fit for fit in wholes if not fit.problem]
     if not fits and any(not fit.problem for fit in towers):
         fits = [fit for fit in towers if not fit.problem]
-        if not tower_alone:
-            raise ValueError(f"it is a visual tower alone, which can be a row: evaluate.py --checkpoint NAME={file}")
-        if has_text_weights(saved):
+        if has_text_weights(names):
             reason = f": {closest(wholes).problem}" if wholes else ""
             raise ValueError(f"its visual tower fits, but its text weights do not{reason}")
+        if not tower_alone:
+            raise ValueError(f"it is a visual tower alone, which can be a row: evaluate.py --checkpoint NAME={file}")
+    if not fits and any("vision_model.encoder" in name for name in names):
+        raise ValueError("it is in transformers' format, which is read from its folder: local-dir:DIR")
+    if not fits and names and not wholes + towers:
+        raise ValueError(f"it holds {len(names)} tensors, such as {names[0]:.60}, and none of the model's")
     if not fits:
-        raise ValueError(closest(wholes + towers).problem if wholes or towers else unknown_weights(saved))
+        raise ValueError(closest(wholes + towers).problem if names else "it holds no tensors")
     if len(fits) > 1:
         print(f"note: {file} has weights that fit at {fits[0].where!r} and at {fits[1].where!r}: the first are used")
     target = model if fits[0] in wholes else model.visual
@@ -1095,14 +1144,14 @@ class Fit:
 
 def find_weights(saved, module):
     """Compare a module with every set of tensors in saved that may be its own: [Fit], in the order of the file."""
-    wanted, fits = module.state_dict(), []
-    anchor = "logit_scale" if "logit_scale" in wanted else next(iter(wanted))  # every whole model has the former
+    wanted, fits = list(module.state_dict()), []
+    anchor = "logit_scale" if "logit_scale" in wanted else wanted[0]  # every whole model has the former
     for where, tensors in tensor_dicts(saved):
         for key in tensors:
             prefix = key.removesuffix(anchor)
             if key.endswith(anchor) and (not prefix or prefix.endswith(".")):
                 state = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-                fits.append(compare_weights(where + prefix, convert_weights(state, module), wanted))
+                fits.append(compare_weights(where + prefix, convert_weights(state, module), module))
     return fits
 
 
@@ -1130,11 +1179,11 @@ def convert_weights(state, module):
     return state
 
 
-def compare_weights(where, state, wanted):
-    """Return the Fit of a state dict: all of wanted's names in the same shapes, and no others within its modules."""
+def compare_weights(where, state, module):
+    """Return the Fit of a state dict: all names of the module's, in the same shapes, and no others within its parts."""
+    wanted = module.state_dict()
     fitting = [name for name in wanted if name in state and state[name].shape == wanted[name].shape]
-    modules = {name.split(".")[0] for name in wanted}
-    further = [name for name in state if name not in wanted and name.split(".")[0] in modules]
+    further = [name for name in state if name not in wanted and "." in name and hasattr(module, name.split(".")[0])]
     further = [name for name in further if not name.endswith(("position_ids", "attn_mask"))]  # constants
     problem = ""
     if len(fitting) < len(wanted):
@@ -1155,20 +1204,9 @@ def closest(fits):
     return max(fits, key=lambda fit: fit.count)
 
 
-def has_text_weights(saved):
-    """Return whether a file holds the weights of a text tower of any kind."""
-    names = (name for _, tensors in tensor_dicts(saved) for name in tensors)
+def has_text_weights(names):
+    """Return whether tensors of these names include a text tower of any kind."""
     return any(re.search(r"\btext|token_embedding|word_embeddings", name) for name in names)
-
-
-def unknown_weights(saved):
-    """Describe a file in which no weights of the model were found."""
-    names = [name for _, tensors in tensor_dicts(saved) for name in tensors]
-    if any("vision_model.encoder" in name for name in names):
-        return "it is in transformers' format, which is read from its folder: local-dir:DIR"
-    if not names:
-        return "it holds no tensors"
-    return f"it holds {len(names)} tensors, such as {names[0]:.60}, and none of the model's"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1562,8 +1600,8 @@ def linf_grey_levels(pixels, pixels_adv):
 def adversarial_folder(args, split):
     """Return --adversarial_dir, or its default, which generate_pgd_adversarial.py makes or extends where it must."""
     folder = Path(args.adversarial_dir or stage_folder(args, f"adversarial_{split}"))
-    command = command_of("generate_pgd_adversarial.py", args, f"adversarial_{split}", "--split", split)
-    command += ["--num_images", str(args.num_images)]
+    words = ["--split", split, "--num_images", args.num_images]
+    command = command_of("generate_pgd_adversarial.py", args, f"adversarial_{split}", *words)
     record = load_record(folder / "metrics.json") if (folder / "metrics.json").exists() else None
     if record:
         require_same(folder, args, "model", "pretrained", "eps", "alpha", "steps", command=command)
@@ -1584,7 +1622,7 @@ def require_same(folder, args, *flags, command):
     """
     record = load_record(folder / "metrics.json")
     weights = model_checksums(args.model, args.pretrained)
-    changes = [f"other {key}" for key, value in weights.items() if record["inputs"].get(key) != value]
+    changes = [other_input(key) for key, value in weights.items() if record["inputs"].get(key) != value]
     for flag in flags:
         was, now = record["args"].get(flag), portable(getattr(args, flag))
         if was != now:
@@ -1699,11 +1737,11 @@ def contrastive_loss(image_features, text_features, logit_scale):
 
 
 class Trainer:
-    """What both trainings share: order of the batches, states, validation, checkpoints; optimizer and loop are theirs.
+    """What both trainings share: order of the batches, states, validation, the model; optimizer and loop are theirs.
 
     Iterating yields (step, batch, mine): numbers of the batch's images, and of this process's part of it. Fine-tuned is
-    the visual tower; text tower and logit_scale are frozen. The best epoch is the one of the highest white-box
-    similarity on the validation images. All random draws are functions of (seed, step, image), so that a state kept
+    the visual tower; text tower and logit_scale are frozen. The result is the model after the last epoch; validation is
+    printed and used for nothing. All random draws are functions of (seed, step, image), so that a state kept
     every --save_every minutes is enough to go on to the same files. Under torchrun --batch_size is shared out, and
     each loss is over the features of all: any number of processes trains the same.
     """
@@ -1732,7 +1770,7 @@ class Trainer:
         self.text_features = clip.encode_text(captions)  # (N, D)
 
         model, tower = (sum(p.numel() * 4 for p in module.parameters()) for module in (clip.model, self.visual))
-        run.require_space(2 * model + 2 * 3 * tower)  # best.pt, last.pt; weights and two moments, and the next of them
+        run.require_space(model + 2 * 3 * tower)  # of a state weights and two moments, and the next ones
         if not RANK:
             save(run.dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 
@@ -1762,8 +1800,7 @@ class Trainer:
         args, step = self.args, len(self.log) + 1
         figures = {key: value.item() for key, value in figures.items()}
         if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-            good = self.run.dir / "last.pt" if self.epochs else "none yet"
-            fail(f"step {step} is not finite: {figures}; last good checkpoint: {good}")
+            fail(f"step {step} is not finite: {figures}. Start again with a lower --lr and --overwrite")
         epoch = math.ceil(step / self.steps_per_epoch)
         self.log.append({"step": step, "epoch": epoch, **figures, "lr": self.optimizer.param_groups[0]["lr"]})
         self.bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
@@ -1784,35 +1821,27 @@ class Trainer:
             self.saved = time.perf_counter()
 
     def end_epoch(self, epoch, loss):
-        """White-box similarity on the validation images, which chooses the best epoch; last.pt and best.pt."""
+        """Print the clean and white-box similarity on the validation images."""
         args, clip = self.args, self.clip
         self.visual.eval()
         pixels, text_features = self.validation["pixels"], clip.encode_text(self.validation["caption"][:])
         attack = white_box(args.eps, args.steps)
         pixels_adv, _ = attack_all(attack, own_caption(clip.frozen(), text_features), pixels, clip, what="validate")
         clean, attacked = ((clip.encode_pixels(x) * text_features).sum(-1).mean().item() for x in (pixels, pixels_adv))
-        best = all(attacked > past["val_white_box"] for past in self.epochs)
         figures = {"epoch": epoch, "step": len(self.log), "loss": loss, "val_clean": clean, "val_white_box": attacked}
         self.epochs.append(figures)
-        line = f"epoch {epoch}/{args.epochs}  step {len(self.log)}  loss {loss:.3f}  validation clean {clean:.3f}, "
         say = tqdm.write if sys.stderr.isatty() else print  # above the bar of a terminal
-        say(f"{line}white-box {attacked:.3f}{'  *' if best else ''}")
-        checkpoint = {  # plain types: weights_only=True and open_clip.create_model(name, pretrained=FILE) open it
-            "epoch": epoch,
-            "name": clip.name,
-            "state_dict": {key: value.cpu() for key, value in clip.model.state_dict().items()},
-            "train_ids": sorted({*self.training["coco_id"], *clip.train_ids}),  # of the weights it started from, too
-            "args": {key: value for key, value in self.run.record["args"].items() if key not in NOT_IN_RESULT},
-        }
-        for name in [] if RANK else ["last.pt", "best.pt"] if best else ["last.pt"]:
-            save(self.run.dir / name, checkpoint)
+        line = f"epoch {epoch}/{args.epochs}  step {len(self.log)}  loss {loss:.3f}  validation clean {clean:.3f}, "
+        say(f"{line}white-box {attacked:.3f}")
 
     def finish(self, seconds_before=0, **metrics):
-        """Write metrics.json; seconds_before: what it took to make the adversarial images."""
+        """Write the model and metrics.json; seconds_before: what it took to make the adversarial images."""
+        if not RANK:  # trained on are the images of the weights that it started from, too
+            save_model(self.run.dir, self.clip, {*self.training["coco_id"], *self.clip.train_ids})
         figures = {"n": len(self.training), "n_validation": len(self.validation), "steps": len(self.log)}
         figures |= {"stopped_by": self.stopped, "epochs": self.epochs, "global_batch_size": self.size}
-        figures["best_epoch"] = max(self.epochs, key=lambda epoch: epoch["val_white_box"])["epoch"]
         figures |= {"train_ids": self.training["coco_id"][:], "val_ids": self.validation["coco_id"][:]}
         seconds = self.run.seconds()
         speed = {"training_seconds": seconds + seconds_before, "images_per_s": 2 * self.size * len(self.log) / seconds}
         self.run.finish(self.clip, **figures, **speed, **metrics)
+        print(f"{self.run.dir} opens with open_clip.create_model_and_transforms('local-dir:{self.run.dir}')")

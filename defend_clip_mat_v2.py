@@ -8,7 +8,8 @@ The augmentations know nothing of the attack: brightness and contrast, Gaussian 
     python defend_clip_mat_v2.py --preset tiny
 
 Files written to --output_dir (default runs/<preset>/mat):
-    best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens
+    open_clip_model.safetensors, open_clip_config.json   the model after the last epoch, which open_clip opens:
+                       open_clip.create_model_and_transforms("local-dir:OUTPUT_DIR")
     log.jsonl          one line per step
     metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
 """
@@ -62,6 +63,7 @@ def main(args):
     rows = common.load_rows(args, "train", args.num_images + args.val_images)
     run = common.Run(args, common.code_checksums(__file__), rows)
     if run.previous:
+        run.report_complete()
         return
     clip = common.load_clip(args)
     training, validation = common.load_training_sets(args, rows, clip.geometry)

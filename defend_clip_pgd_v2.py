@@ -15,7 +15,8 @@ arXiv:2402.12336) to the original model's features. The twins are
     python defend_clip_pgd_v2.py --preset tiny --online_steps 2
 
 Files written to --output_dir (default runs/<preset>/pgd, with --online_steps runs/<preset>/online):
-    best.pt, last.pt   checkpoints that open_clip.create_model(NAME, pretrained=FILE) opens
+    open_clip_model.safetensors, open_clip_config.json   the model after the last epoch, which open_clip opens:
+                       open_clip.create_model_and_transforms("local-dir:OUTPUT_DIR")
     log.jsonl          one line per step
     metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
 """
@@ -43,6 +44,7 @@ def main(args):
     inputs = common.adversarial_checksum(folder, args.num_images) if folder else {}
     run = common.Run(args, common.code_checksums(__file__), rows, inputs)
     if run.previous:
+        run.report_complete()
         return
     clip = common.load_clip(args)
     training, validation = common.load_training_sets(args, rows, clip.geometry)

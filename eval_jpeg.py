@@ -122,6 +122,7 @@ def main(args):
     inputs = common.adversarial_checksum(folder, args.num_images)
     run = common.Run(args, common.code_checksums(__file__), rows, inputs)
     if run.previous:
+        run.report_complete()
         return
     clip = common.load_clip(args)
     examples = common.load_examples(args, "eval", rows, clip.geometry)

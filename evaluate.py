@@ -140,7 +140,7 @@ def list_rows(args):
         script, *words = STAGES[stage]
         command = common.command_of(script, args, stage, *words)
         record = common.require_same(folder, args, "model", "pretrained", "eps", command=command)
-        specs[name] = Spec(str(folder / "best.pt"), (), record["training_seconds"], common.code_note(folder))
+        specs[name] = Spec(f"local-dir:{folder}", (), record["training_seconds"], common.code_note(folder))
     taken = {"original", *TRAINED, *TRAINED.values(), *(f"JPEG {q}" for q in args.qualities)}
     for name, source in args.checkpoint:
         if name in taken:
@@ -602,7 +602,7 @@ def draw_eps_curves(path, record):
         axes[1].legend(fontsize=8, frameon=False)
 
 
-MEASURED = ["keys", "per_image", "health", "gradients", "sanity"]  # of metrics.json, each {row: ...}
+MEASURED = ["keys", "per_image", "health", "row_gradients", "sanity"]  # of metrics.json, each {row: ...}
 
 
 def main(args):
@@ -621,7 +621,7 @@ def main(args):
     take_measured(run, record, keys)
     missing = [name for name in keys if name not in record["per_image"] or args.sanity and name not in record["sanity"]]
     if run.previous and not missing and is_shown(record, run.previous, specs):
-        print(f"{run.dir} is complete and was made with these flags: nothing to do (--overwrite measures it again)")
+        run.report_complete()
         print(console_table(run.previous))
         return
 
@@ -631,7 +631,7 @@ def main(args):
     record["rows"] = {}
     for name, spec in specs.items():
         summary = summarise(record["per_image"][name], args.seed, record["rows"].get("original"))
-        summary |= {"training_seconds": spec.seconds, "gradients": record["gradients"][name], "note": spec.note}
+        summary |= {"training_seconds": spec.seconds, "gradients": record["row_gradients"][name], "note": spec.note}
         record["rows"][name] = summary
     record |= {"n": record["rows"]["original"]["n"], "paired": compare_rows(record["per_image"], args.seed)}
     show(run, record)
@@ -700,7 +700,7 @@ def measure_rows(args, run, record, specs, keys, missing, rows, folder):
         row = replace(loaded[spec.source], name=name, qualities=spec.qualities, key=common.digest(keys[name]))
         if name in unmeasured:
             conditions, lowest, record["health"][name] = measure(row, attack, args.restarts, args.seed, run)
-            record["per_image"][name], record["gradients"][name] = conditions, "bf16" if row.clip.bf16 else "fp32"
+            record["per_image"][name], record["row_gradients"][name] = conditions, "bf16" if row.clip.bf16 else "fp32"
             if name == "original" and not common.RANK:
                 draw_examples(run.dir / "examples.png", row.part(slice(4)), lowest[:4])
         if args.sanity:

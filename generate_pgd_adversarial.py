@@ -43,8 +43,7 @@ def main(args):
     run = common.Run(args, code, extends=["num_images"])
     done = earlier_entries(run, rows, args)
     if run.previous and run.previous["args"]["num_images"] >= args.num_images:
-        print(f"{run.dir} is complete and was made with these flags: nothing to do (--overwrite makes it again)")
-        common.print_note(common.code_note(run.dir))
+        run.report_complete()
         return
     clip = common.load_clip(args)
     examples = common.load_examples(args, args.split, rows, clip.geometry)

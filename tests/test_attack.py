@@ -159,10 +159,10 @@ def test_differentiable_jpeg_is_near_pillow_and_its_gradient_knows_of_the_quanti
 def test_a_bf16_gradient_of_another_direction_ends_bf16_and_auto_goes_on_in_fp32(monkeypatch, capsys):
     one, other = torch.eye(3), torch.eye(3)[[0, 2, 1]]  # alike for the first image alone
     monkeypatch.setattr("common.pixel_gradient", lambda clip, *_: one if clip.bf16 else other)
-    clip = SimpleNamespace(arch="tiny", bf16=True, precision="auto")
+    clip = SimpleNamespace(name="tiny", bf16=True, precision="auto")
     check_gradient(clip, None, None)
     assert not clip.bf16 and "going on in fp32" in capsys.readouterr().out
-    clip = SimpleNamespace(arch="tiny", bf16=True, precision="bf16")
+    clip = SimpleNamespace(name="tiny", bf16=True, precision="bf16")
     assert "cosine of 0.333" in refusal(capsys, check_gradient, clip, None, None)
     other, clip.bf16 = one, True
     assert check_gradient(clip, None, None) is None and clip.bf16

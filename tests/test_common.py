@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SCRIPTS, TINY, process, refusal, shell
+from conftest import SCRIPTS, TINY, jsonl, process, refusal, shell
 from hub import serve_hub
 from torch.nn import functional as F
 
@@ -32,7 +32,7 @@ def flags(tmp_path, *words):
 
 
 def examples_of(args, split, count):
-    return common.load_examples(args, split, range(count), GEOMETRY)
+    return common.load_examples(args, split, common.load_rows(args, split, count), GEOMETRY)
 
 
 def copy(split, tmp_path):
@@ -105,17 +105,18 @@ def test_help_gives_every_flag_with_its_default(script, capsys):
 
 def test_an_unfinished_run_is_that_of_its_processes_and_what_it_kept_is_room(tmp_path, monkeypatch, capsys):
     args, room = flags(tmp_path), shutil.disk_usage(tmp_path)
-    run = common.Run(args)
-    run.keep("a", torch.zeros(1000))
+    run = common.Run(args, {})
+    run.save_part("a", torch.zeros(1000))
     run.release()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room._replace(free=1000))
-    again = common.Run(args)
-    again.begin(4000)
-    assert "make room first" in refusal(capsys, again.begin, 10_000)
+    again = common.Run(args, {})
+    again.require_space(4000)
+    assert "make room first" in refusal(capsys, again.require_space, 10_000)
     again.release()
     monkeypatch.setattr(common, "PROCESSES", 2)
     monkeypatch.setattr(common, "gather", lambda value=None: [value])
-    assert "(processes 1 -> 2): --overwrite replaces it" in refusal(capsys, common.Run, args)
+    line = refusal(capsys, common.Run, args, {})
+    assert "unfinished run with --processes 1, not 2. To replace it, add --overwrite" in line
 
 
 def test_the_work_is_said_before_it_starts(tmp_path, capsys):
@@ -170,7 +171,7 @@ def test_members_are_matched_by_name_and_folders_without_apple_doubles():
 
 def test_planted_leakage_is_found_and_validation_images_are_disjoint(tmp_path, capsys):
     args = flags(tmp_path, "--num_images", 20, "--val_images", 5)
-    training, validation = common.load_training_sets(args, GEOMETRY)
+    training, validation = common.load_training_sets(args, common.load_rows(args, "train", 25), GEOMETRY)
     assert (len(training), len(validation)) == (20, 5) and not {*training["coco_id"]} & {*validation["coco_id"]}
     folder = copy("train", tmp_path)
     leaked = pq.read_table(next((TINY / "MMEB-eval" / "MSCOCO_i2t").glob("test-*")))["qry_img_path"][5].as_py()
@@ -183,7 +184,7 @@ def test_planted_leakage_is_found_and_validation_images_are_disjoint(tmp_path, c
         path = f"images/MSCOCO_i2t/Train/{name}"
         edit_rows(folder, "original", lambda columns, path=path: columns["qry_image_path"].__setitem__(3, path))
         args.train_data = str(folder)
-        line = refusal(capsys, common.load_training_sets, args, GEOMETRY)
+        line = refusal(capsys, common.load_training_sets, args, common.load_rows(args, "train", 25), GEOMETRY)
         assert "leakage" in line and said in line
 
 
@@ -211,8 +212,10 @@ def test_the_hub_gives_the_same_data_whatever_its_row_counts_and_only_the_member
         process(tmp_path, env | {"HF_HUB_OFFLINE": "0"}, *from_hub)
     for split, words in commands.items():
         shell(*words, "--preset", "tiny", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / split)
-        listed = (tmp_path / folder / "metadata.jsonl" for folder in (split, f"runs/report/adversarial_{split}"))
-        assert len({file.read_bytes() for file in listed}) == 1
+        folders = split, f"runs/report/adversarial_{split}"
+        local, remote = (jsonl(tmp_path / folder / "metadata.jsonl") for folder in folders)
+        sources = [{entry.pop("source") for entry in entries} for entries in (local, remote)]
+        assert local == remote and len(sources[0] | sources[1]) == 2 * len(local)  # by content, and by the hub's commit
     sent = [sent for method, path, _, sent in hub.requests if method == "GET" and "images.zip" in path]
     assert 0 < sum(sent) < (TINY / "MMEB-eval" / "images.zip").stat().st_size
     assert len(sent) < 4 + 8  # the directory, and about one an image

@@ -89,7 +89,7 @@ def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(fold
     assert all(health["max_abs_delta_grey_levels"] == 8 for health in record["health"].values())
     for name in FORMS:  # the weights are those of the hub
         args, clip = load(folder, name)
-        examples = common.load_examples(args, "eval", range(COUNT), clip.geometry)
+        examples = common.load_examples(args, "eval", common.load_rows(args, "eval", COUNT), clip.geometry)
         own = clip.encode_pixels(examples["pixels"]) * clip.encode_text(examples["caption"][:])
         np.testing.assert_allclose(record["per_image"][name]["clean"]["similarity"], own.sum(-1), atol=1e-5)
     one = ["--checkpoint", f"b32=local-dir:{folder / 'b32'}", "--output_dir", folder / "alone"]

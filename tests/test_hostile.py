@@ -42,7 +42,7 @@ STRANGER = "COCO_val2014_000000999999.jpg"  # an image that is in no data set
 COLOUR = (204, 51, 51)  # in the web palette, too, which is Pillow's for P
 CARD = "---\nconfigs:\n- config_name: MSCOCO_i2t\n  data_files:\n  - split: {}\n    path: {}\n---\n"
 MADE, OWN, BEGUN = "adversarial_eval/metrics.json", "out/metrics.json", "out/.partial/run.json"
-TRAINED, WEIGHTS = "mat/metrics.json", "mat/best.pt"  # of a training beside evaluate.py's own folder
+TRAINED, WEIGHTS = "mat/metrics.json", "mat/open_clip_pytorch_model.bin"  # beside evaluate.py's own folder
 LIST, PNG = "adversarial_eval/metadata.jsonl", "images/000000"
 RECORD = {"args": {}, "inputs": {}, "processes": 1, "started": "once", "seconds": 1}
 
@@ -244,7 +244,7 @@ CASES += [
     refuses("row name taken", flag("--checkpoint", "MAT={tmp}/f"), "--checkpoint MAT", script=EVALUATE),
     refuses("cache_dir a file", flag("--cache_dir", "{tmp}/f"), "{tmp}/f"),
     refuses("num_images huge", flag("--num_images", 10**30), "5 distinct images"),
-    refuses("training diverges", flag(*DIVERGE), "step 3 is not finite", "last.pt", script=MAT, late=True),
+    refuses("training diverges", flag(*DIVERGE), "step 3 is not finite", "lower --lr", script=MAT, late=True),
 ]
 
 # -- checkpoints and models
@@ -273,7 +273,7 @@ def code_in(file, up=1, save=torch.save):
     save({"state_dict": {"visual.proj": type("Code", (), {"__reduce__": lambda _: touch})()}}, file)
 
 
-NONE = "is no checkpoint"
+NONE = "cannot use"
 OLD = partial(code_in, save=lambda value, file: file.write_bytes(pickle.dumps(value)))
 FILES = {  # name of the file -> (how it is written, what is said)
     "code.pt": (code_in, "code"),
@@ -287,7 +287,6 @@ FILES = {  # name of the file -> (how it is written, what is said)
     "other_text.pt": (weights("positional_embedding", lambda x: x[:, :32]), "input size"),
     "foreign.pt": (content({"fc.weight": torch.zeros(2, 2)}), NONE),
     "bad_ids.pt": (weights(train_ids=["x"]), NONE),
-    "no_quick_gelu.pt": (weights(quick_gelu=False), "QuickGELU"),
     "nan.pt": (weights("visual.proj", lambda value: value * torch.nan), "finite"),
     "tower.pt": (content(TOWER), NONE),
 }
@@ -328,7 +327,7 @@ CASES += [weights_case(GENERATE, name, write, name, said) for name, (write, said
 CASES += [weights_case(EVALUATE, f"other_{name}", FILES[name][0], "other", FILES[name][1]) for name in ROWS]
 CASES += [refuses(f"model folder, {new!r}", model_folder(old, new), "local-dir:") for old, new in CONFIGS.items()]
 CASES += [
-    refuses("model folder, code", model_folder(), "local-dir:"),
+    refuses("model folder, code", model_folder(), "clip/open_clip_pytorch_model.bin", "code"),
     weights_case(GENERATE, "sound.safetensors", partial(shutil.copy, SAFETENSORS), check=same_figures),
     weights_case(GENERATE, "fp64.pt", content({key: x.double() for key, x in STATE.items()}), check=same_figures),
     weights_case(EVALUATE, "tower.pt", content(TOWER), check=finished),
@@ -392,11 +391,12 @@ def as_in_the_hubs_cache(place):
 
 @builder
 def stamp(place, local, central, kind, value):
-    """Set a field of the first member, in its own header and in the zip's directory."""
+    """Set a field of the first member, in its own header and in the zip's directory; it is to be read, not cached."""
     data = bytearray(place.zip.read_bytes())
     struct.pack_into(kind, data, data.index(b"PK\3\4") + local, value)
     struct.pack_into(kind, data, data.index(b"PK\1\2") + central, value)
     place.zip.write_bytes(data)
+    return ["--cache_dir", place.shared / "cache of unread zips"]
 
 
 def bomb(place, claimed=100 * 2**20):
@@ -556,7 +556,9 @@ def trained(place, weights=None, **args):
     """A training of the same model beside evaluate.py's folder, with other args or none, and its weights."""
     record = json.loads((place.shared / MADE).read_text())
     record |= {"training_seconds": 1, "args": record["args"] | args}
-    there({TRAINED: json.dumps(record).encode()} | ({WEIGHTS: weights} if weights else {}))(place)
+    config = (TINY / "clip" / "open_clip_config.json").read_bytes()
+    model = {WEIGHTS: weights, "mat/open_clip_config.json": config} if weights else {}
+    there({TRAINED: json.dumps(record).encode()} | model)(place)
 
 
 RECORDS = [b'{"args": {', b"\xff\xfe{}", b"{}", b"[]", b"[" * 100_000]
@@ -582,18 +584,18 @@ CASES += [
     jpeg_refuses("twin of another", lambda p: shutil.copy(*sorted(p.adversarial.glob("*/*"))[:2]), PNG, "altered"),
     jpeg_refuses("twin of one pixel", one_pixel, PNG),
     jpeg_refuses("twin outside the ball", twin(lambda _: picture(kind="PNG", size=(64, 64))), PNG, "ball"),
-    jpeg_refuses("made with another eps", replaced(MADE, r'"eps": [\d.]+', '"eps": 0.1'), "--eps 0.1"),
-    jpeg_refuses("made with another alpha", replaced(MADE, r'"alpha": [\d.]+', '"alpha": 0.1'), "--alpha 0.1"),
-    jpeg_refuses("made with other weights", replaced(MADE, r'"[0-9a-f]{64}"', '"0"'), "other weights"),
+    jpeg_refuses("made with another eps", replaced(MADE, r'"eps": [\d.]+', '"eps": 0.1'), "--eps 25.5/255, not 8/255"),
+    jpeg_refuses("made with another alpha", replaced(MADE, r'"alpha": [\d.]+', '"alpha": 0.1'), "--alpha 25.5/255"),
+    jpeg_refuses("made with other weights", replaced(MADE, r'"[0-9a-f]{64}"', '"0"'), "another version of"),
     jpeg_refuses("made of another model", replaced(MADE, '"model": "', '"model": "x'), "--model xlocal-dir"),
     copes("part cut", left("out/.partial/*.pt", halve), same_figures),
     copes("part with a byte changed", left("out/.partial/*.pt", flip), same_figures),
     copes("part with code", left("out/.partial/*.pt", partial(code_in, up=3)), same_figures),
     copes("state of a training cut", left("out/.partial/*.pt", halve, MAT, KEPT), script=MAT),
     copes("cache of images cut", left("cache/*.arrow", halve), same_figures),
-    evaluate_refuses("training without weights", trained(), WEIGHTS),
+    evaluate_refuses("training without weights", trained(), "mat has no weights"),
     evaluate_refuses("training with code", trained(partial(code_in, up=2)), WEIGHTS, "code"),
-    evaluate_refuses("training of another eps", trained(weights(), eps=0.1), "--eps 0.1"),
+    evaluate_refuses("training of another eps", trained(content(b""), eps=0.1), "--eps 25.5/255", f"{MAT}.py"),
     refuses("online and offline", flag("--online_steps", 1), "--adversarial_dir", script=PGD),
 ]
 
@@ -661,8 +663,8 @@ def test_rows_are_read_as_they_stand_or_refused_in_one_line(sound, other):
         columns = {"qry_img_path": pa.array(paths, pa.string()), "tgt_text": pa.array(captions, pa.list_(pa.string()))}
         pq.write_table(pa.table(columns), Path(folder) / "rows.parquet")
         args = SimpleNamespace(eval_data=folder, cache_dir=f"{folder}/cache")
-        rows, line = outcome(common.load_rows, args, "eval")
-        rows = rows and rows.to_list()
+        found, line = outcome(common.read_rows, args, "eval")
+        rows = found and found[0].to_list()
     assert not line or (other and folder in line)
     ids = [] if line else [int(re.search(r"([0-9]+)\.jpe?g/*$", path)[1]) for path in paths]
     assert [row["coco_id"] for row in rows or ()] == [*dict.fromkeys(ids)]

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import open_clip
 import pytest
-import torch
 from conftest import ROOT, TINY, jsonl, metrics, refusal, shell
+from safetensors.torch import load_file
 
 import common
 
@@ -35,7 +35,7 @@ RANK_1_FAILS = {fails}
 if RANK_1_FAILS and common.RANK:
     def keep(*_):
         raise OSError(28, "No space left on device")
-    common.Run.keep = keep
+    common.Run.save_part = keep
 with common.process_group():
     for sys.argv in json.loads(sys.argv[1]):
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -114,7 +114,7 @@ def test_two_processes_train_like_one(one, two):
         assert [record["global_batch_size"] for record in records] == [8, 8]
         for ours, theirs in zip(records[0]["epochs"], records[1]["epochs"], strict=True):
             assert ours["val_white_box"] == pytest.approx(theirs["val_white_box"], abs=2e-3)
-        weights = [torch.load(folder / "last.pt")["state_dict"] for folder in folders]
+        weights = [load_file(folder / "open_clip_model.safetensors") for folder in folders]
         moved, apart = (
             sum((weights[0][f"visual.{key}"] - other(key)).square().sum() for key in before).sqrt()
             for other in (before.get, lambda key, trained=weights[1]: trained[f"visual.{key}"])

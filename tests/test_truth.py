@@ -24,7 +24,7 @@ def setup(tmp_path_factory):
     words = ["--preset", "tiny", "--cache_dir", str(tmp_path_factory.mktemp("cache")), "--num_images", str(IMAGES)]
     args = evaluate.parse_args(words)
     clip = common.load_clip(args)
-    examples = common.load_examples(args, "eval", range(IMAGES), clip.geometry)
+    examples = common.load_examples(args, "eval", common.load_rows(args, "eval", IMAGES), clip.geometry)
     candidates, pixels = evaluate.load_candidates("evaluation", examples), examples[:]["pixels"]
     row = evaluate.Row("original", clip, pixels, pixels, *candidates)
     transfer, _ = evaluate.attack_row(common.Attack(8 / 255, 2 / 255, 8), row)
@@ -114,11 +114,11 @@ def test_the_margin_attack_is_on_survivors_alone_and_never_raises_recall(setup, 
 
 def test_the_margin_loss_is_the_retrieval_failure_itself(setup, monkeypatch):
     losses = {}
-    monkeypatch.setattr(evaluate, "attack_all", lambda attack, loss_at, *_: losses.setdefault(attack.loss, loss_at))
+    monkeypatch.setattr(evaluate, "attack_all", lambda attack, loss_at, *_, **__: losses.update({attack.loss: loss_at}))
     scored = evaluate.score(setup.row, setup.row.transfer, 0)
     for loss, key in (("cosine", "similarity"), ("margin", "margin")):
-        loss_at = evaluate.attack_row(replace(ATTACK, loss=loss), setup.row)
-        values = loss_at(slice(0, IMAGES))(common.as_images(setup.row.transfer, torch.device("cpu")))
+        evaluate.attack_row(replace(ATTACK, loss=loss), setup.row)
+        values = losses[loss](slice(0, IMAGES))(common.as_images(setup.row.transfer, torch.device("cpu")))
         np.testing.assert_allclose(-values.detach(), scored[key], atol=1e-5)
     assert ((values.detach().numpy() > 0) == (scored["rank_i2t"] > 0)).all()
 
@@ -195,7 +195,8 @@ def test_five_images_are_shared_out_as_three_and_two(setup, monkeypatch):
 
 def test_what_a_run_kept_of_some_images_is_not_taken_for_as_many_others(setup):
     kept, keeper = {}, SimpleNamespace()
-    keeper.kept, keeper.keep = (lambda key: kept.get(str(key))), (lambda key, value: kept.update({str(key): value}))
+    keeper.load_part = lambda key: kept.get(str(key))
+    keeper.save_part = lambda key, value: kept.update({str(key): value})
     few = [[0, 1], [2, 3], [2, 3]]
     attack = replace(ATTACK, steps=2, loss="margin")
     for index in few:

@@ -68,15 +68,15 @@ def worst(row, found, seed):
 
 def main(args):
     clip = common.load_clip(args)
-    examples = common.load_examples(args, "eval", range(args.num_images), clip.geometry)
-    stages = Path(args.output_dir).parent
-    trained = {
-        name: stages / stage for name, stage in evaluate.TRAINED.items() if (stages / stage / "best.pt").exists()
-    }
-    folder, weaker, lines = common.adversarial_folder(args, "eval"), 0, 0
+    folder, rows = common.adversarial_folder(args, "eval"), common.load_rows(args, "eval", args.num_images)
+    examples = common.load_examples(args, "eval", rows, clip.geometry)
+    transfer, weaker, lines = common.load_adversarial(folder, examples, args), 0, 0
+    candidates = evaluate.load_candidates("evaluation", examples)
+    original = evaluate.Row("original", clip, examples[:]["pixels"], transfer, *candidates)
     print(f"n = {len(examples)}, ours {args.attack_steps} steps, torchattacks' APGD {THEIR_STEPS}")
     print(f"{'':32}{'ours':>8} {'95 % interval':18}{'torchattacks':>12}")
-    for row in evaluate.build_rows(args, clip, folder, trained, examples):
+    for name, spec in evaluate.list_rows(args).items():
+        row = evaluate.load_row(args, name, spec, original, examples)
         attack = common.white_box(args.eps, args.attack_steps, through_jpeg=bool(row.qualities))
         found, _ = evaluate.attack_both(attack, row, args.seed)
         theirs = [attack_with_torchattacks(loss, row, args) for loss in ("ce", "dlr")]

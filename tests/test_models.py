@@ -1,0 +1,538 @@
+"""Models from elsewhere: checkpoints as people save them, transformers' and Delta-CLIP's folders, what is refused, and
+the preprocessing and checksums that go with them."""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from types import SimpleNamespace
+
+import open_clip
+import pytest
+import torch
+import transformers
+from conftest import TINY, refusal
+from hub import Repo, serve_hub
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+import common
+
+CAPTIONS = ["a cat sleeps", "two dogs on the beach, at noon"]
+OPENAI = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_tokenizer():
+    """Make open_clip's tokenizer once, which takes longer than a small model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip, "SimpleTokenizer", lru_cache(open_clip.SimpleTokenizer))
+        yield
+
+
+def load(*words, source=None):
+    words = ["--preset", "tiny", *map(str, words)]
+    args = common.parse_flags(common.make_parser(""), words, lambda _: "x", lambda _: "eval")
+    return common.load_clip(args, source and str(source))
+
+
+@torch.no_grad()
+def image_features(clip, images):
+    return clip.encode_image(images)
+
+
+def assert_same(features, expected):
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def other():
+    """The tiny CLIP with every weight changed: its state dict, images, and the features that open_clip computes."""
+    model = open_clip.create_model(f"local-dir:{TINY / 'clip'}").eval()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    tokens = open_clip.SimpleTokenizer(context_length=32)(CAPTIONS)
+    mean, std = (torch.tensor(OPENAI[key]).view(3, 1, 1) for key in ("mean", "std"))
+
+    @torch.no_grad()
+    def features():
+        return F.normalize(model.encode_image((images - mean) / std)), F.normalize(model.encode_text(tokens))
+
+    base_images, base_texts = features()
+    state = {key: value * 1.05 for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    changed_images, changed_texts = features()
+    assert min((base_images - changed_images).norm(), (base_texts - changed_texts).norm()) > 1e-3
+    values = {"state": state, "images": images, "base_images": base_images, "base_texts": base_texts}
+    return SimpleNamespace(**values, changed_images=changed_images, changed_texts=changed_texts)
+
+
+def tower_of(state):
+    return {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+
+
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def tecoa(state):
+    kind = "clip" if "logit_scale" in state else "vision_encoder"
+    return {"epoch": 3, "state_dict": {}, f"{kind}_state_dict": state}
+
+
+def lightning(state):
+    moments = {0: {"step": torch.tensor(5.0), "exp_avg": torch.zeros(3)}}
+    optimizer = {"state": moments, "param_groups": [{"lr": 1e-5, "params": [0]}]}
+    return {"epoch": 1, "state_dict": under("model.", state), "optimizer_states": [optimizer], "optimizer": optimizer}
+
+
+FORMATS = {
+    "a bare state dict": dict,
+    "state_dict": lambda state: {"state_dict": state},
+    "model_state_dict": lambda state: {"args": argparse.Namespace(lr=1e-5), "model_state_dict": state},
+    "module.": lambda state: {"state_dict": under("module.", state)},
+    "_orig_mod.": lambda state: under("_orig_mod.", state),
+    "lightning": lightning,
+    "TeCoA": tecoa,
+    "safetensors": None,
+}
+
+
+def write(file, state, kind):
+    """Save a state dict in one of FORMATS; returns the file."""
+    if kind == "safetensors":
+        file = file.with_suffix(".safetensors")
+        save_file(state, file)
+    else:
+        torch.save(FORMATS[kind](state), file)
+    return file
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_whole_model_in_any_format_is_loaded_as_a_row_and_as_pretrained(kind, other, tmp_path):
+    file = write(tmp_path / "whole.pt", other.state, kind)
+    for clip in (load(source=file), load("--pretrained", file)):
+        assert_same(image_features(clip, other.images), other.changed_images)
+        assert_same(clip.encode_text(CAPTIONS), other.changed_texts)
+        assert_same(clip.model.logit_scale, other.state["logit_scale"])
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "visual."])
+def test_a_visual_tower_in_any_format_is_loaded_as_a_row_and_keeps_the_text_tower(kind, other, tmp_path):
+    tower, file = tower_of(other.state), tmp_path / "tower.pt"
+    if kind == "visual.":
+        torch.save(under("visual.", tower), file)
+    else:
+        file = write(file, tower, kind)
+    clip = load(source=file)
+    assert_same(image_features(clip, other.images), other.changed_images)
+    assert_same(clip.encode_text(CAPTIONS), other.base_texts)
+
+
+def test_a_visual_tower_is_refused_as_pretrained_with_the_way_to_use_it(other, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(tower_of(other.state), "tower.pt")
+    line = refusal(capsys, load, "--pretrained", "tower.pt")
+    assert "evaluate.py --checkpoint NAME=tower.pt" in line and len(line) <= 200
+
+
+def test_of_two_weights_that_fit_the_first_are_used_and_both_are_named(other, tmp_path, capsys):
+    average = {key: value * 0.9 for key, value in other.state.items()}
+    torch.save({"state_dict": other.state, "ema_state_dict": average}, tmp_path / "both.pt")
+    clip = load(source=tmp_path / "both.pt")
+    assert_same(image_features(clip, other.images), other.changed_images)
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "fit" in line]
+    assert "'state_dict/'" in note and "'ema_state_dict/'" in note and "first" in note
+
+
+# Files that are refused
+
+
+def torchscript(state):
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)
+    return buffer.getvalue()
+
+
+def another_size(state):
+    name = "visual.positional_embedding" if "logit_scale" in state else "positional_embedding"
+    return under("module.", state | {name: torch.zeros(17, 128)})
+
+
+def deeper(state, tower="visual.", layers=4):
+    """Repeat the last layer of a tower."""
+    last, next_one = (f"{tower}transformer.resblocks.{layer}." for layer in (layers - 1, layers))
+    more = {key.replace(last, next_one): value for key, value in state.items() if key.startswith(last)}
+    return state | more
+
+
+def shallower(state):
+    return {key: value for key, value in state.items() if ".resblocks.3." not in key}
+
+
+def other_texts(state):
+    return state | {"token_embedding.weight": torch.zeros(1000, 64)}
+
+
+def of_transformers(state):
+    return small_clip({}).state_dict()
+
+
+def unrelated(state):
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).state_dict()
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("code-was-run",)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1710540580\n"
+REFUSED = {  # what the file is: (its content, of the other weights; words of the message)
+    "OpenAI's TorchScript archive": (torchscript, ["TorchScript", "--pretrained openai"]),
+    "a Git LFS pointer": (lambda state: LFS, ["Git LFS pointer", "git lfs pull"]),
+    "a model of another input size": (another_size, ["another input size", "85 of 86 keys fit", "[17, 128]"]),
+    "a tower of another input size": (lambda state: another_size(tower_of(state)), ["another input size", "55 of 56"]),
+    "transformers' format": (of_transformers, ["transformers' format", "local-dir:"]),
+    "a deeper model": (deeper, ["resblocks.4.", "not in the model"]),
+    "a deeper tower": (lambda state: tower_of(deeper(state)), ["resblocks.4.", "not in the model"]),
+    "a deeper text tower": (lambda state: deeper(state, "", 2), ["text weights do not", "resblocks.2.", "not in"]),
+    "a shallower model": (shallower, ["resblocks.3.", "missing", "74 of 86 keys fit"]),
+    "a shallower tower": (lambda state: tower_of(shallower(state)), ["resblocks.3.", "missing", "44 of 56 keys fit"]),
+    "a model of other texts": (other_texts, ["text weights do not", "token_embedding.weight is [1000, 64]"]),
+    "no tensors": (lambda state: {"epoch": 3, "state_dict": {}}, ["no tensors"]),
+    "no dictionary": (lambda state: torch.zeros(3), ["a Tensor", "dictionary"]),
+    "an unrelated network": (unrelated, ["7 tensors", "0.weight", "none of the model's"]),
+    "a pickle with code": (lambda state: {"state_dict": state, "hook": Code()}, ["holds code"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_file_that_does_not_fit_is_refused_in_one_short_line(kind, other, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make, words = REFUSED[kind]
+    content = make(other.state)
+    if isinstance(content, bytes):
+        (tmp_path / "weights.pt").write_bytes(content)
+    else:
+        torch.save(content, "weights.pt")
+    line = refusal(capsys, lambda: load(source="weights.pt"))
+    assert "cannot use weights.pt" in line and len(line) <= 200
+    assert [word for word in words if word not in line] == []
+    assert os.listdir() == ["weights.pt"]  # no code was run
+
+
+def test_a_tower_with_a_norm_that_the_model_lacks_is_refused(other, tmp_path, capsys):
+    config = json.loads((TINY / "clip" / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["no_ln_pre"] = True
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    file = tmp_path / "tower.pt"
+    torch.save(tower_of(other.state), file)
+    words = ["--model", f"local-dir:{tmp_path}", "--pretrained", "random"]
+    assert "ln_pre" in refusal(capsys, lambda: load(*words, source=file))
+
+
+# transformers' format
+
+SMALL_TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+SMALL_TEXT |= {"vocab_size": 49408, "eos_token_id": 49407}
+SMALL_VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 160}
+SMALL_VISION |= {"image_size": 32, "patch_size": 16}
+GELU = {"hidden_act": "gelu"}
+VARIANTS = {  # (changes of both towers, of the text tower, of the visual tower)
+    "quick_gelu": ({}, {}, {}),
+    "gelu": (GELU, {"layer_norm_eps": 0.01}, {"layer_norm_eps": 0.1}),
+    "pytorch_model.bin": ({}, {}, {}),
+    "defaults left out": None,
+}
+
+
+def small_clip(changes, text=None, vision=None):
+    """Make a CLIPModel whose biases and norms are not those that it starts with."""
+    text, vision = SMALL_TEXT | changes | (text or {}), SMALL_VISION | changes | (vision or {})
+    return randomised(transformers.CLIPConfig(projection_dim=48, text_config=text, vision_config=vision))
+
+
+@torch.no_grad()
+def randomised(config):
+    torch.manual_seed(1)
+    model = transformers.CLIPModel(config).eval()
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def published(size, image_size):
+    """Return a preprocessor_config.json as openai/clip-vit-large-patch14 has it."""
+    flags = {"do_center_crop": True, "do_normalize": True, "do_resize": True}
+    numbers = {"image_mean": OPENAI["mean"], "image_std": OPENAI["std"], "resample": 3, "size": size}
+    return json.dumps(flags | numbers | {"crop_size": image_size})
+
+
+def save_transformers(folder, variant):
+    """Save a small CLIPModel as a folder in one of VARIANTS; returns the model."""
+    if variant == "defaults left out":
+        model = randomised(transformers.CLIPConfig(text_config={"hidden_size": 64, "num_hidden_layers": 1},
+                                      vision_config={"hidden_size": 96, "num_hidden_layers": 1}))  # fmt: skip
+    else:
+        model = small_clip(*VARIANTS[variant])
+    model.save_pretrained(folder)
+    size = model.config.vision_config.image_size
+    size = size if variant == "gelu" else {"shortest_edge": size}  # both are published
+    (folder / "preprocessor_config.json").write_text(published(size, model.config.vision_config.image_size))
+    if variant == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+        positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+        positions["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+        torch.save(model.state_dict() | positions, folder / "pytorch_model.bin")
+    if variant == "defaults left out":
+        config = json.loads((folder / "config.json").read_text())
+        parts = {"text_config": transformers.CLIPTextConfig(), "vision_config": transformers.CLIPVisionConfig()}
+        for part, defaults in parts.items():
+            config[part] = difference(config[part], defaults.to_dict())
+        config = difference(config, transformers.CLIPConfig().to_dict()) | {"model_type": "clip"}
+        assert config["text_config"] == {"hidden_size": 64, "num_hidden_layers": 1} and "projection_dim" not in config
+        (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def difference(values, defaults):
+    return {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}
+
+
+@torch.no_grad()
+def features_of_transformers(model):
+    """Return the model's own unit features of images in [0, 1], and of CAPTIONS, and the images."""
+    size = model.config.vision_config.image_size
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(OPENAI[key]).view(3, 1, 1) for key in ("mean", "std"))
+    outputs = model.get_image_features((images - mean) / std)
+    ids = open_clip.SimpleTokenizer()(CAPTIONS)
+    both = outputs, model.get_text_features(ids, attention_mask=None)
+    return *(F.normalize(getattr(output, "pooler_output", output)) for output in both), images
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_folder_of_transformers_gives_its_features(variant, tmp_path):
+    expected_images, expected_texts, images = features_of_transformers(save_transformers(tmp_path, variant))
+    clip = load("--model", f"local-dir:{tmp_path}")
+    assert_same(image_features(clip, images), expected_images)
+    assert_same(clip.encode_text(CAPTIONS), expected_texts)
+    size = images.shape[2]
+    geometry = {"size": (size, size), "interpolation": "bicubic", "resize_mode": "shortest"}
+    assert clip.geometry.items() >= geometry.items()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"model_type": "siglip"}, ["'siglip'"]),
+    ({"text_config": SMALL_TEXT | {"hidden_act": "gelu_new"}}, ["activation", "gelu_new"]),
+    ({"text_config": SMALL_TEXT | GELU, "vision_config": SMALL_VISION}, ["activation", "gelu", "quick_gelu"]),
+    ({"text_config": SMALL_TEXT | {"vocab_size": 1000}}, ["vocabulary", "1000"]),
+])  # fmt: skip
+def test_a_model_of_transformers_that_open_clip_cannot_compute_is_refused(changes, words, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"} | changes))
+    line = refusal(capsys, load, "--model", f"local-dir:{tmp_path}")
+    assert [word for word in words if word not in line] == []
+
+
+# Delta-CLIP, and what comes from the hub
+
+VOCABULARY = ["[PAD]", "[unused0]", "[unused1]", "[unused2]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCABULARY += ["a", "cat", "sleep", "##s", "##ing", "on", "the", "cafe", ","]
+LENGTH = 16
+PIECES = {  # caption: its pieces
+    "A cat sleeps": "a cat sleep ##s",
+    " sleeping on  the Caf\u00e9, ": "sleep ##ing on the cafe ,",
+    "the zebra": "the [UNK]",
+    "cat " * 13: "cat " * 13,
+    "cat " * 14 + "on the cafe": "cat " * 13,
+}
+DELTA_TEXT = {"context_length": LENGTH, "vocab_size": len(VOCABULARY), "width": 64, "heads": 2, "layers": 1}
+DELTA_TEXT |= {"pool_type": "last", "no_causal_mask": True}
+DELTA_VISION = {"image_size": 48, "patch_size": 16, "width": 64, "head_width": 32, "layers": 1}
+DELTA_VISION |= {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+DELTA = {
+    "model_cfg": {"embed_dim": 32, "vision_cfg": DELTA_VISION, "text_cfg": DELTA_TEXT | {"vocab_path": "vocab.txt"}},
+    "preprocess_cfg": IMAGENET | {"interpolation": "bilinear", "resize_mode": "squash"},
+}
+HUB_SCRIPT = """
+import json, sys
+import torch
+import common
+
+def describe(captions, *words, source=None):
+    words = ["--preset", "tiny", *words]
+    args = common.parse_flags(common.make_parser(""), words, lambda _: "x", lambda _: "eval")
+    clip = common.load_clip(args, source)
+    images = torch.rand(2, 3, *clip.geometry["size"], generator=torch.Generator().manual_seed(0))
+    features = {"images": clip.encode_image(images).tolist(), "texts": clip.encode_text(captions).tolist()}
+    return features | {"geometry": clip.geometry, "ids": clip.tokenizer(captions).tolist()}
+
+clip, delta, captions, delta_captions = json.loads(sys.argv[1])
+found = {"model": describe(captions, "--model", clip), "row": describe(captions, source=clip)}
+found["delta"] = describe(delta_captions, "--model", delta)
+found["checksums"] = common.model_checksums(clip) | common.model_checksums(delta)
+print(json.dumps(found))
+"""
+CLIP_NAME, DELTA_NAME = "org/clip", "zw123/delta_clip_h14_336"
+
+
+def write_delta_clip(folder):
+    """Write Delta-CLIP's folder; returns the model as stock open_clip makes it."""
+    stock = json.loads(json.dumps(DELTA))
+    del stock["model_cfg"]["text_cfg"]["vocab_path"]
+    (folder / "open_clip_config.json").write_text(json.dumps(stock))
+    torch.manual_seed(1)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(DELTA))
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY).replace("[unused0]", "[bos]").replace("[unused1]", "[eos]"))
+    return model
+
+
+def write_bert(folder):
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def from_hub(tmp_path_factory):
+    """What a process found of models on a hub, beside the models themselves and their folders."""
+    folder = tmp_path_factory.mktemp("hub")
+    repos = {f"models/{CLIP_NAME}": folder / "clip", f"models/{DELTA_NAME}": folder / "delta"}
+    repos["models/google-bert/bert-base-uncased"] = folder / "bert"
+    given = json.dumps([f"hf-hub:{CLIP_NAME}", f"hf-hub:{DELTA_NAME}", CAPTIONS, list(PIECES)])
+    for path in repos.values():
+        path.mkdir()
+    model, delta = save_transformers(folder / "clip", "gelu"), write_delta_clip(folder / "delta")
+    write_bert(folder / "bert")
+    with serve_hub(repos) as hub:
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", HUB_SCRIPT, given]
+        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(found=json.loads(done.stdout), repos=repos, model=model, delta=delta)
+
+
+@pytest.mark.parametrize("place", ["model", "row"])
+def test_a_model_of_transformers_on_the_hub_gives_its_features(place, from_hub):
+    expected_images, expected_texts, _ = features_of_transformers(from_hub.model)
+    assert_same(torch.tensor(from_hub.found[place]["images"]), expected_images)
+    assert_same(torch.tensor(from_hub.found[place]["texts"]), expected_texts)
+
+
+def delta_clip_ids():
+    """Return the ids of PIECES by Delta-CLIP's rule."""
+    bos, eos, cls = (VOCABULARY.index(token) for token in ("[unused0]", "[unused1]", "[CLS]"))
+    rows = []
+    for pieces in PIECES.values():
+        ids = [bos, *(VOCABULARY.index(piece) for piece in pieces.split()), eos]
+        rows.append(ids + [0] * (LENGTH - 1 - len(ids)) + [cls])
+    return rows
+
+
+def test_delta_clip_reads_captions_by_its_own_rule(from_hub):
+    assert from_hub.found["delta"]["ids"] == delta_clip_ids()
+
+
+@torch.no_grad()
+def test_delta_clip_gives_the_features_of_stock_open_clip(from_hub):
+    delta, model = from_hub.found["delta"], from_hub.delta
+    texts = F.normalize(model.encode_text(torch.tensor(delta_clip_ids())))
+    assert (texts[0] - texts[1]).norm() > 1e-2
+    assert_same(torch.tensor(delta["texts"]), texts)
+    images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(IMAGENET[key]).view(3, 1, 1) for key in ("mean", "std"))
+    assert_same(torch.tensor(delta["images"]), F.normalize(model.encode_image((images - mean) / std)))
+    geometry = delta["geometry"]
+    assert (geometry["size"], geometry["interpolation"], geometry["resize_mode"]) == ([48, 48], "bilinear", "squash")
+
+
+def test_models_of_the_hub_are_identified_by_their_commits(from_hub):
+    folders = {name: from_hub.repos[f"models/{name}"] for name in (CLIP_NAME, DELTA_NAME)}
+    commits = {f"hf-hub:{name}": Repo(folder).commit for name, folder in folders.items()}
+    assert from_hub.found["checksums"] == commits
+
+
+@pytest.mark.parametrize("missing", ["transformers", "the files"])
+def test_delta_clip_without_its_tokenizer_is_one_line(missing, tmp_path, capsys, monkeypatch):
+    write_delta_clip(tmp_path)
+    if missing == "transformers":
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    line = refusal(capsys, load, "--model", f"local-dir:{tmp_path}")
+    assert "google-bert/bert-base-uncased" in line and "pip install transformers" in line
+
+
+# Preprocessing of open_clip's architectures
+
+NEUTRAL = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+PREPROCESSING = {
+    "MobileCLIP2-S0": {"mean": (0,) * 3, "std": (1,) * 3, "interpolation": "bilinear", "resize_mode": "shortest"},
+    "ViT-B-32-quickgelu": {key: tuple(value) for key, value in OPENAI.items()}
+    | {"interpolation": "bicubic", "resize_mode": "shortest"},
+    "ViT-B-16-SigLIP": NEUTRAL | {"interpolation": "bicubic", "resize_mode": "squash"},
+    "ViT-L-14": None,
+}
+
+
+@pytest.mark.parametrize("name", PREPROCESSING)
+def test_an_architecture_has_the_preprocessing_of_its_published_weights(name):
+    assert common.shared_preprocessing(name) == PREPROCESSING[name]
+
+
+def test_three_published_architectures_have_no_preprocessing_in_common():
+    names = {name for name, _ in open_clip.list_pretrained()}
+    without = {name for name in names if common.shared_preprocessing(name) is None}
+    assert without == {"ViT-L-14", "ViT-H-14", "ViT-H-14-quickgelu"} and len(names) >= 115
+
+
+@pytest.mark.parametrize("name", ["MobileCLIP2-S0", "ViT-B/32-quickgelu", "ViT-L-14"])
+def test_weights_from_a_file_get_the_preprocessing_of_the_architecture(name, tmp_path, capsys, monkeypatch):
+    tiny, made = open_clip.create_model(f"local-dir:{TINY / 'clip'}", load_weights=False), []
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **options: made.append((args, options)) or tiny)
+    file, name = tmp_path / "weights.pt", name.replace("/", "-")
+    file.touch()
+    *_, weights = common.model_by_name(name, str(file))
+    ((args, options),) = made
+    assert args == (name,) and options == {"load_weights": False, "force_preprocess_cfg": PREPROCESSING[name]}
+    assert weights == file
+    printed = capsys.readouterr().out
+    assert (f"the published weights of {name} do not agree on a preprocessing" in printed) == (name == "ViT-L-14")
+    activation = "QuickGELU" if "quickgelu" in name else "GELU"
+    assert f"with {activation}" in printed
+
+
+# Checksums
+
+CHECKSUMMED = ["open_clip_config.json", "open_clip_model.safetensors", "config.json", "preprocessor_config.json"]
+CHECKSUMMED += ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+
+
+@pytest.mark.parametrize("name", CHECKSUMMED)
+def test_a_changed_file_of_a_local_model_changes_its_checksums(name, tmp_path):
+    for file in CHECKSUMMED:
+        (tmp_path / file).write_text("{}")
+    before = common.model_checksums(f"local-dir:{tmp_path}")
+    assert before == common.model_checksums(f"local-dir:{tmp_path}")
+    (tmp_path / name).write_text('{"changed": 1}')
+    after = common.model_checksums(f"local-dir:{tmp_path}")
+    assert [file for file in after if after[file] != before[file]] == [str(tmp_path / name)]
+
+
+def test_weights_in_place_of_a_local_models_own_are_checksummed(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    file = tmp_path / "weights.pt"
+    file.write_text("one")
+    before = common.model_checksums(f"local-dir:{tmp_path}", str(file))
+    file.write_text("another")
+    after = common.model_checksums(f"local-dir:{tmp_path}", str(file))
+    assert [path for path in after if after[path] != before[path]] == [str(file)]
