@@ -294,6 +294,9 @@ def run_main(main, args):
         fail(f"--batch_size {args.batch_size} is too large for the GPU's memory; trainings have --grad_checkpointing")
     except OSError as error:
         fail(f"{describe(error)}: once it is mended, the same command goes on from what is saved")
+    finally:
+        while LOCKS:  # a notebook keeps what a failed call has made
+            LOCKS.pop()()
 
 
 def gather(value=None):
@@ -319,6 +322,9 @@ def progress(iterable=None, what="", total=None, unit="batch"):
 
 # flags that change no number
 NOT_IN_RESULT = {"output_dir", "overwrite", "num_workers", "cache_dir", "reproduce", "save_every", "grad_checkpointing"}
+
+
+LOCKS = []  # what releases the output folders of this process
 
 
 class Run:
@@ -347,7 +353,12 @@ class Run:
             "started": datetime.now(timezone.utc).isoformat(),
             "seconds": 0.0,
         }
-        self.previous, begun = gather(None if RANK else self.take_folder())[0]  # what rank 0 has found there
+        try:
+            found = None if RANK else self.take_folder()
+        except SystemExit:
+            self.release()
+            raise
+        self.previous, begun = gather(found)[0]  # what rank 0 has found there
         self.changed = changed_code(self.previous, code) if self.previous else ""
         if begun:
             self.record |= {"started": begun["started"], "seconds": begun["seconds"]}
@@ -355,11 +366,13 @@ class Run:
 
     def take_folder(self):
         """Lock the folder until this process ends; return the records of this run in it, complete and unfinished."""
+        self.release = lambda: None
         with about(f"cannot write to --output_dir {self.dir}"):
             made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
             self.dir.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.dir, os.O_RDONLY)
             self.release = weakref.finalize(self, release_folder, folder, made)
+            LOCKS.append(self.release)
             save(self.dir / ".write_test", "")
             (self.dir / ".write_test").unlink()
         try:
@@ -525,7 +538,7 @@ def git_commit():
 
 # definitions that change no number: they speak, keep books, or give flags, which identify a run themselves
 NOT_IN_CODE = {"PRESETS", "Run", "about", "adversarial_folder", "code_checksums", "describe", "duration", "fail"}
-NOT_IN_CODE |= {"progress"}
+NOT_IN_CODE |= {"LOCKS", "progress"}
 
 
 def code_checksums(script, *names):
