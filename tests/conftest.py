@@ -1,6 +1,7 @@
 """What the tests share: no setting of the user's reaches them, scripts run as from a shell, one small whole report."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -81,9 +82,15 @@ def refusal(capsys, call, *args):
 
 
 @pytest.fixture(scope="session")
-def report(tmp_path_factory):
-    """A whole small report; (folder of the stages, what evaluate.py printed, its command)."""
-    folder = tmp_path_factory.mktemp("report")
+def report(tmp_path_factory, worker_id):
+    """A small report, made once for all workers; (folder of the stages, what evaluate.py printed, its command)."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "report"
     command = ["evaluate.py", "--reproduce", "--preset", "smoke", "--qualities", 50]
     command += ["--output_dir", folder / "evaluation", "--cache_dir", folder / "cache"]
-    return folder, shell(*command)[0], command
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        printed = Path(f"{folder}.txt")
+        if not printed.exists():
+            printed.write_text(shell(*command)[0])
+    return folder, printed.read_text(), command

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -166,8 +167,10 @@ def test_a_folder_is_not_extended_by_other_code_or_other_images(tmp_path, monkey
 
 
 @pytest.fixture
-def table(report, tmp_path):
+def table(report, tmp_path, monkeypatch):
     """A copy of the small report; (its folder, a function that runs evaluate.py there and returns what it printed)."""
+    for slow in ("savefig", "tight_layout"):
+        monkeypatch.setattr(matplotlib.figure.Figure, slow, lambda *_, **__: None)
     folder = Path(shutil.copytree(report[0], tmp_path / "report"))
 
     def run(*words, code=0):
