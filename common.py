@@ -460,22 +460,17 @@ class Run:
         return self.record["seconds"] + time.perf_counter() - self.clock
 
     def finish(self, clip, **metrics):
-        """Write metrics.json: how the run was made, then the script's own figures.
-
-        clip   None where nothing was computed, and the figures of .previous are shown anew
-        """
-        modules, device = (torch, torchvision, open_clip, datasets, np), clip.device if clip else torch.device("cpu")
+        """Write metrics.json: how the run was made, then the script's own figures."""
+        modules, device = (torch, torchvision, open_clip, datasets, np), clip.device
         on_gpu = device.type == "cuda"
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.record |= {
             "versions": {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()},
             "device": f"{device} ({torch.cuda.get_device_name(device) if on_gpu else platform.machine()})",
-            "gradients": "bf16" if clip and clip.bf16 else "fp32",
+            "gradients": "bf16" if clip.bf16 else "fp32",
             "seconds": round(self.seconds() + (self.previous or {}).get("seconds", 0), 3),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak,  # of the process
         }
-        if not clip:
-            self.record |= {key: self.previous[key] for key in ("versions", "device", "gradients", "peak_memory_bytes")}
         if not RANK:
             save(self.done, self.record | metrics)
             shutil.rmtree(self.partial, ignore_errors=True)

@@ -625,7 +625,9 @@ def main(args):
         print(console_table(run.previous))
         return
 
-    clip = measure_rows(args, run, record, specs, keys, missing, rows, folder) if missing else None
+    clip = load_clip(args)
+    if missing:
+        measure_rows(args, run, record, specs, keys, missing, clip, rows, folder)
     for kind in MEASURED:  # in the order of the table
         record[kind] = {name: record[kind][name] for name in specs if name in record[kind]}
     record["rows"] = {}
@@ -672,9 +674,12 @@ def is_shown(record, previous, specs):
     return same and list(shown.items()) == [(name, spec.note) for name, spec in specs.items()]
 
 
-def measure_rows(args, run, record, specs, keys, missing, rows, folder):
-    """Measure the missing rows, and run their sanity checks, into the record; return the original model."""
-    clip = load_clip(args)
+def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
+    """Measure the missing rows, and run their sanity checks, into the record.
+
+    clip           the original model
+    rows, folder   the evaluation images, and where the transferred ones lie
+    """
     examples = load_examples(args, "eval", rows, clip.geometry)
     check_leakage("original", clip, examples)
     transfer = common.load_adversarial(folder, examples, args)
@@ -707,7 +712,6 @@ def measure_rows(args, run, record, specs, keys, missing, rows, folder):
             checks, curve = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)
             record["sanity"][name] = {"checks": checks, "eps_curve": curve}
         record["keys"][name] = keys[name]
-    return clip
 
 
 def show(run, record):
