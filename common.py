@@ -15,6 +15,7 @@ the loop is the script's).
 
 import argparse
 import ast
+import csv
 import fcntl
 import hashlib
 import io
@@ -38,7 +39,7 @@ import traceback
 import weakref
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
@@ -53,11 +54,12 @@ import huggingface_hub
 import numpy as np
 import open_clip
 import PIL
+import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import torchvision
 from open_clip.transform import PreprocessCfg, image_transform_v2, to_2tuple
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import distributed
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -136,10 +138,11 @@ def make_parser(doc, batch_size=64):
     flag("--pretrained", help="open_clip tag, a checkpoint file, or 'random' for untrained weights")
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of gradients; auto: bf16 on a GPU")
     flag = parser.add_argument_group("data").add_argument
-    flag("--train_data", help="training set: hub id or local folder in MMEB's layout")
+    own = "a folder with metadata.jsonl or metadata.csv (file_name, caption), or COCO's captions_*.json"
+    flag("--train_data", help=f"training set: hub id of MMEB or a local copy; {own}")
     flag("--eval_data", help="evaluation set, likewise")
-    flag("--image_root", help="folder of unpacked images, used in place of the data set's zips")
-    flag("--num_images", type=number(1), help="images to use, the first ones")
+    flag("--image_root", nargs="+", metavar="DIR", help="where the images lie; train=DIR or eval=DIR: those of a split")
+    flag("--num_images", type=number(1), help="images to use, the first ones; of own pictures all")
     flag("--skip_bad_images", action="store_true", help="leave broken images out and count them")
     flag("--batch_size", type=number(1), default=batch_size, help="images at a time, in a training of all processes")
     flag("--num_workers", type=number(1, 1024), default=os.cpu_count(), help="threads that write PNGs")
@@ -177,7 +180,11 @@ def parse_flags(parser, argv, stage, images):
     chosen = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
     defaults = {flag: values.get(chosen.preset, values["tiny"]) for flag, values in PRESETS.items()}
     defaults["output_dir"] = f"runs/{chosen.preset}/{stage(chosen)}{radius_suffix(chosen)}"
-    defaults["num_images"] = defaults[f"{images(chosen)}_images"]
+    split = images(chosen)
+    defaults["num_images"] = defaults[f"{split}_images"]
+    if is_own(getattr(chosen, f"{split}_data") or ""):
+        defaults |= {"num_images": None, "val_images": None}  # all, which load_rows() counts
+        defaults |= {"eval_data": None} if split == "train" else {}  # a training needs none
     defaults["lr"] = defaults.get(f"{stage(chosen)}_lr")
     if (chosen.model or "").startswith(("local-dir:", "hf-hub:")):
         defaults["pretrained"] = ""  # such a model brings its weights
@@ -209,9 +216,9 @@ def command_of(script, args, stage, *words, flags=SHARED):
     words = [script, *(["--preset", args.preset] if args.preset != "report" else []), *map(str, words)]
     for name in [*flags.split(), "output_dir"]:
         value = given[name]
-        if value != getattr(default, name):
-            text = radius_text(value) if name in ("eps", "alpha") else str(value)
-            words += [f"--{name}"] if value is True else [f"--{name}", text]
+        if value != getattr(default, name) and value is not None:
+            values = value if isinstance(value, list) else [flag_text(name, value)]
+            words += [f"--{name}", *([] if value is True else map(str, values))]
     return words
 
 
@@ -284,6 +291,9 @@ def process_group():
 @process_group()
 def run_main(main, args):
     """main(args); a full disk, a full GPU or Ctrl-C ends it in one line, a mistake of ours in its traceback."""
+    logging.disable(logging.ERROR)  # what datasets and open_clip log, they raise as well, or it is no news
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         main(args)
     except KeyboardInterrupt:
@@ -295,6 +305,7 @@ def run_main(main, args):
     except OSError as error:
         fail(f"{describe(error)}: once it is mended, the same command goes on from what is saved")
     finally:
+        logging.disable(logging.NOTSET)
         while LOCKS:  # a notebook keeps what a failed call has made
             LOCKS.pop()()
 
@@ -1218,18 +1229,16 @@ def has_text_weights(names):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# MMEB: TIGER-Lab/MMEB-train and MMEB-eval
+# Data: MMEB from the hub or a local copy, a folder in the ImageFolder format, or COCO's captions_*.json
 
 CONFIG = "MSCOCO_i2t"
 LARGEST_FILE, LARGEST_IMAGE = 20_000_000, 50_000_000  # bytes, pixels: bombs are not unpacked
 Image.MAX_IMAGE_PIXELS = None  # read_image() looks itself
-logging.disable(logging.ERROR)  # what datasets and open_clip log, they raise as well, or it is no news
-if not sys.stderr.isatty():
-    datasets.disable_progress_bars()
 SPLITS = {  # split, image column, caption column (a list has the positive first), start of the file names kept
     "train": ("original", "qry_image_path", "pos_text", "COCO_train2014_"),
     "eval": ("test", "qry_img_path", "tgt_text", "COCO_"),
 }
+METADATA = ["metadata.jsonl", "metadata.csv"]  # of the ImageFolder format
 
 
 def as_images(pixels, device):
@@ -1237,17 +1246,29 @@ def as_images(pixels, device):
     return torch.tensor(np.asarray(pixels), device=device).float() / 255
 
 
-def load_rows(args, split, count):
-    """Return the first count images of a split as a datasets.Dataset: path, coco_id, texts, caption, checksum.
+def is_own(source):
+    """Return whether a data set is the user's own: a folder in the ImageFolder format, or COCO's captions_*.json."""
+    return source.endswith(".json") or any(os.path.isfile(os.path.join(source, name)) for name in METADATA)
 
-    checksum   of the path, the captions and the content of the image file, of which nothing is decoded; from a hub the
-               commit stands for the content
+
+def load_rows(args, split, count=None):
+    """Return the first count images of a split as a datasets.Dataset, by default --num_images, which becomes a number.
+
+    path      as the data set has it
+    name      of its adversarial image's file
+    coco_id   or None for an image that is not known to be COCO's
+    captions  those of the image; caption is their first, which is attacked
+    texts     what it is retrieved from, with MMEB's --candidates
+    checksum  of path, texts and the content of the image file, without decoding it; from a hub the commit stands for
+              the content
     """
     source, folder = getattr(args, f"{split}_data"), image_folder(args, split)
     rows, commit = read_rows(args, split)
+    if count is None:
+        args.num_images = count = args.num_images or len(rows)
     with about(f"--{split}_data {source}"):
         if len(rows) < count:
-            kind = "train2014 images" if split == "train" else "images"
+            kind = "train2014 images" if split == "train" and not is_own(source) else "images"
             raise ValueError(f"it has {len(rows)} distinct {kind} and {count} are needed: ask for fewer")
         rows = rows.select(range(count))
         if os.path.isdir(folder):
@@ -1259,11 +1280,33 @@ def load_rows(args, split, count):
         return rows.add_column("checksum", checksums)
 
 
+def load_training_rows(args):
+    """Return --num_images and then --val_images images of the training split; of own pictures a tenth validates."""
+    if args.num_images is None or args.val_images is None:
+        count = len(read_rows(args, "train")[0])
+        args.val_images = args.val_images or min(PRESETS["val_images"][args.preset], max(1, count // 10))
+        args.num_images = args.num_images or max(1, count - args.val_images)
+    return load_rows(args, "train", args.num_images + args.val_images)
+
+
+def known_ids(examples):
+    """Return the COCO ids of the images that have one."""
+    return [coco_id for coco_id in examples["coco_id"] if coco_id is not None]
+
+
 def image_folder(args, split):
-    """Return where the images of a split lie: --image_root, or the data set itself."""
-    if args.image_root and not os.path.isdir(args.image_root):
-        fail(f"--image_root {args.image_root} is not a folder")
-    return args.image_root or getattr(args, f"{split}_data")
+    """Return where the images of a split lie: --image_root, the folder of a captions_*.json, or the data set itself."""
+    source = getattr(args, f"{split}_data")
+    folder = os.path.dirname(source) or "." if source.endswith(".json") else source
+    for root in args.image_root or ():
+        its_split, _, path = root.partition("=")
+        if its_split not in SPLITS:
+            its_split, path = split, root
+        if not os.path.isdir(path):
+            fail(f"--image_root {path} is not a folder")
+        if its_split == split:
+            folder = path
+    return folder
 
 
 def content_checksum(files, name):
@@ -1277,43 +1320,102 @@ def content_checksum(files, name):
 
 
 def read_rows(args, split):
-    """Return a split's distinct images, a datasets.Dataset of path, coco_id, texts, caption, and a hub's commit."""
-    source, (name, path_column, text_column, wanted) = getattr(args, f"{split}_data"), SPLITS[split]
-    with about(f"--{split}_data {source}: config {CONFIG}, split {name}"):
-        table = open_table(source, name, args.cache_dir)
-        urls = " ".join(table.info.download_checksums or ())
-        commit = re.search(r"@([0-9a-f]{40})/", urls)
-        table = table.select_columns([path_column, text_column])
-        table = table.with_format("arrow")[:]  # nothing is decoded that the data set declares its values to be
+    """Return all distinct images of a split, as load_rows() has them, and the commit of a hub's data set or None."""
+    source = getattr(args, f"{split}_data")
+    with about(f"--{split}_data {source}"):
+        if source.endswith(".json"):
+            rows, commit = read_coco(source), None
+        elif is_own(source):
+            rows, commit = read_imagefolder(source), None
+        else:
+            rows, commit = read_mmeb(source, split)
         kept = {}  # the first row of each image
-        for row, (path, texts) in enumerate(zip(*(table[name].to_pylist() for name in (path_column, text_column)))):
+        for where, path, coco_id, captions, texts in rows:
+            if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError(f"{where} has an empty caption, or one that is no text")
+            captions, texts = ([text.strip() for text in part] for part in (captions, texts))
+            row = {"path": path, "coco_id": coco_id, "captions": captions, "texts": texts, "caption": captions[0]}
+            kept.setdefault(path if is_own(source) else coco_id, row)
+        if not kept:
+            raise ValueError("it has no image with a caption")
+        times = Counter(row["coco_id"] for row in kept.values())
+        for position, row in enumerate(kept.values()):
+            own_id = row["coco_id"] is not None and times[row["coco_id"]] == 1
+            row["name"] = f"{row['coco_id']:012d}" if own_id else f"{position:06d}"
+        kinds = {"path": "string", "name": "string", "coco_id": "int64", "caption": "string"}
+        kinds = {key: datasets.Value(kind) for key, kind in kinds.items()}
+        kinds |= {key: datasets.List(datasets.Value("string")) for key in ("captions", "texts")}
+        columns = {key: [row[key] for row in kept.values()] for key in kinds}
+        return datasets.Dataset.from_dict(columns, datasets.Features(kinds)), commit
+
+
+def read_mmeb(source, split):
+    """Read MMEB's rows from the hub or a local copy of any part of it: [(where, path, coco_id, captions, texts)]."""
+    name, path_column, text_column, wanted = SPLITS[split]
+    columns, commit = [path_column, text_column], None
+    if os.path.isdir(source):
+        tables = [pq.read_table(file, columns=columns) for file in mmeb_files(source, name, columns)]
+    elif os.path.exists(source) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise ValueError("it is neither a local folder nor a hub id such as TIGER-Lab/MMEB-train")
+    else:
+        table = datasets.load_dataset(source, CONFIG, split=name, verification_mode="no_checks")  # of a stale row count
+        commit = re.search(r"@([0-9a-f]{40})/", " ".join(table.info.download_checksums or ()))
+        # in arrow's format nothing is decoded that the data set declares its values to be
+        tables = [table.select_columns(columns).with_format("arrow")[:]]
+    rows = []
+    for table in tables:
+        for path, texts in zip(*(table[column].to_pylist() for column in columns)):
+            where = f"row {len(rows)}"
             match = re.search(r"(?:^|/)(COCO_(?:train|val)2014_)([0-9]{1,12})\.jpe?g\Z", str(path))
             if not match:
-                raise ValueError(f"row {row}: {path_column} {str(path)[:99]!r} is not the path of a COCO 2014 image")
-            coco_id = int(match[2])
-            if not match[1].startswith(wanted) or coco_id in kept:
-                continue
+                raise ValueError(f"{where}: {path_column} {str(path)[:99]!r} is not the path of a COCO 2014 image")
             texts = [texts] if isinstance(texts, str) else texts
-            if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-                raise ValueError(f"row {row}: {text_column} is empty, or holds something that is no text")
-            texts = [text.strip() for text in texts]
-            kept[coco_id] = {"path": path, "coco_id": coco_id, "texts": texts, "caption": texts[0]}
-        columns = ("path", "coco_id", "texts", "caption")
-        rows = datasets.Dataset.from_dict({key: [row[key] for row in kept.values()] for key in columns})
-        return rows, commit and commit[1]
+            rows.append((f"{where}: {text_column}", path, int(match[2]), (texts or [])[:1], texts, match[1]))
+    return [row[:-1] for row in rows if row[-1].startswith(wanted)], commit and commit[1]
 
 
-def open_table(source, split, cache_dir):
-    """A split of a hub's data set or of a local folder in the same layout."""
-    if not os.path.isdir(source):
-        if os.path.exists(source) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-            raise ValueError("it is neither a local folder nor a hub id such as TIGER-Lab/MMEB-train")
-        return datasets.load_dataset(source, CONFIG, split=split, verification_mode="no_checks")  # of a stale row count
-    files = datasets.load_dataset_builder(source, CONFIG, cache_dir=cache_dir).config.data_files[split]
-    for file in files:  # links are not followed: in the hub's cache every file is one
-        if os.path.relpath(file, source).startswith("../"):
-            raise ValueError(f"its card names {file}, outside the folder")
-    return datasets.Dataset.from_parquet(list(files), cache_dir=cache_dir)  # load_dataset mixes up folders of one name
+def mmeb_files(folder, split, columns):
+    """Return the parquet files of a split in a local copy of MMEB, known by their columns, whatever the card says."""
+    files = [file for file in sorted(Path(folder).rglob("*.parquet")) if {*columns} <= {*pq.read_schema(file).names}]
+    files = [file for file in files if CONFIG in file.parts] or files  # of all tasks
+    files = [file for file in files if file.name.startswith(f"{split}-")] or files
+    if not files:
+        names = " and ".join(columns)
+        raise FileNotFoundError(f"it has no parquet file with {names}, no {' and no '.join(METADATA)}")
+    return files
+
+
+def read_imagefolder(folder):
+    """Read a folder in the ImageFolder format: metadata.jsonl or metadata.csv with file_name and caption or text."""
+    file = next(Path(folder, name) for name in METADATA if Path(folder, name).is_file())
+    if file.suffix == ".csv":
+        with open(file, encoding="utf-8-sig", newline="") as opened:
+            lines = list(csv.DictReader(opened))
+    else:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    captions = {}
+    for number, line in enumerate(lines, 1):
+        path, texts = line.get("file_name"), line.get("caption", line.get("text"))
+        if not isinstance(path, str) or not path.strip():
+            raise ValueError(f"{file.name}, entry {number} has no file_name")
+        captions.setdefault(path, []).extend(texts if isinstance(texts, list) else [texts])
+    return [(f"{file.name}: {path[:99]!r}", path, coco_id_of(path), texts, texts) for path, texts in captions.items()]
+
+
+def coco_id_of(path):
+    """Return the COCO id in a file name, COCO_val2014_000000391895.jpg or 2017's 000000391895.jpg; None without one."""
+    match = re.fullmatch(r"(?:COCO_(?:train|val)2014_)?([0-9]{12})", PurePosixPath(path).stem)
+    return int(match[1]) if match else None
+
+
+def read_coco(file):
+    """Read the rows of COCO's captions_*.json, in the order of its images."""
+    data = json.loads(Path(file).read_text(encoding="utf-8"))
+    captions = defaultdict(list)
+    for annotation in data["annotations"]:
+        captions[annotation["image_id"]].append(annotation["caption"])
+    images = [(int(image["id"]), image["file_name"]) for image in data["images"]]
+    return [(f"image {i}", path, i, captions[i], captions[i]) for i, path in images if captions[i]]
 
 
 def load_examples(args, split, rows, geometry):
@@ -1323,7 +1425,7 @@ def load_examples(args, split, rows, geometry):
     """
     source = getattr(args, f"{split}_data")
     with about(f"--{split}_data {source}"):
-        key = digest([rows["checksum"][:], geometry, args.skip_bad_images])
+        key = digest([rows.column_names, rows["checksum"][:], geometry, args.skip_bad_images])
         cache = Path(args.cache_dir, f"{key}.arrow").absolute()
         if RANK:
             gather()  # rank 0 decodes first, and the others find it done
@@ -1390,7 +1492,7 @@ def read_image(data, formats):
                 raise ValueError(f"{width} x {height} pixels")
             if image.mode[0] in "IF":
                 raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")  # a phone's photograph lies on its side
     except Exception as error:  # a damaged or hostile file raises anything
         raise ValueError(describe(error)) from None
 
@@ -1441,11 +1543,16 @@ def load_training_sets(args, rows, geometry):
     """
     training = load_examples(args, "train", rows.select(range(args.num_images)), geometry)
     validation = load_examples(args, "train", rows.select(range(args.num_images, len(rows))), geometry)
+    if not args.eval_data:
+        print("no --eval_data was given: whether evaluation images are trained on is not checked")
+        return training, validation
     evaluated, _ = read_rows(args, "eval")
     both = datasets.concatenate_datasets([training, validation])
-    if shared := {*both["coco_id"]} & {*evaluated["coco_id"]}:
+    if shared := {*both["coco_id"]} & {*evaluated["coco_id"]} - {None}:
         fail(f"leakage: {len(shared)} COCO ids of --eval_data {args.eval_data} are trained on, such as {min(shared)}")
-    count = min(len(evaluated), PRESETS["eval_images"][args.preset])
+    count = len(evaluated)
+    if not is_own(args.eval_data):
+        count = min(count, PRESETS["eval_images"][args.preset])
     used = load_examples(args, "eval", load_rows(args, "eval", count), geometry)
     path_of = {row["pixels"].tobytes(): row["path"] for row in used}
     for row in both:
@@ -1663,12 +1770,12 @@ def load_adversarial(folder, examples, args):
     """
     remedy, twins = "make it again with generate_pgd_adversarial.py --overwrite", []
     with about(f"{folder / 'metadata.jsonl'}: {remedy}"):
-        checksums = {(entry["coco_id"], entry["caption"]): entry["sha256"] for entry in read_entries(folder)}
+        checksums = {(entry.get("source"), entry["caption"]): entry["sha256"] for entry in read_entries(folder)}
     for row in progress(examples, "read", unit="image"):
-        file = folder / twin_name(row["coco_id"])  # by the id: what the metadata names is not opened
+        file = folder / image_file(row["name"])  # what the metadata names is not opened
         with about(f"{file}: {remedy}"):
             data, clean = file.read_bytes(), row["pixels"]
-            if hashlib.sha256(data).hexdigest() != checksums.get((row["coco_id"], row["caption"])):
+            if hashlib.sha256(data).hexdigest() != checksums.get((row["checksum"], row["caption"])):
                 raise ValueError("it was altered after it was made, or made for another caption")
             twin = np.asarray(read_image(data, ["PNG"])).transpose(2, 0, 1)
             if twin.shape != clean.shape or linf_grey_levels(twin, clean) > grey_levels(args.eps):
@@ -1677,9 +1784,9 @@ def load_adversarial(folder, examples, args):
     return np.stack(twins)
 
 
-def twin_name(coco_id):
+def image_file(name):
     """File of an adversarial image; no COCO_val2014_ in it: load_dataset would take val for a split."""
-    return f"images/{coco_id:012d}.png"
+    return f"images/{name}.png"
 
 
 def announce(clip, pixels, captions, image_steps):
@@ -1845,10 +1952,10 @@ class Trainer:
     def finish(self, seconds_before=0, **metrics):
         """Write the model and metrics.json; seconds_before: what it took to make the adversarial images."""
         if not RANK:  # trained on are the images of the weights that it started from, too
-            save_model(self.run.dir, self.clip, {*self.training["coco_id"], *self.clip.train_ids})
+            save_model(self.run.dir, self.clip, {*known_ids(self.training), *self.clip.train_ids})
         figures = {"n": len(self.training), "n_validation": len(self.validation), "steps": len(self.log)}
         figures |= {"stopped_by": self.stopped, "epochs": self.epochs, "global_batch_size": self.size}
-        figures |= {"train_ids": self.training["coco_id"][:], "val_ids": self.validation["coco_id"][:]}
+        figures |= {"train_ids": known_ids(self.training), "val_ids": known_ids(self.validation)}
         seconds = self.run.seconds()
         speed = {"training_seconds": seconds + seconds_before, "images_per_s": 2 * self.size * len(self.log) / seconds}
         self.run.finish(self.clip, **figures, **speed, **metrics)

@@ -60,7 +60,7 @@ def gaussian_blur(images, sigma):
 
 
 def main(args):
-    rows = common.load_rows(args, "train", args.num_images + args.val_images)
+    rows = common.load_training_rows(args)
     run = common.Run(args, common.code_checksums(__file__), rows)
     if run.previous:
         run.report_complete()

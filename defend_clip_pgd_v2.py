@@ -39,8 +39,8 @@ def parse_args(argv=None):
 def main(args):
     if args.online_steps and args.adversarial_dir:
         common.fail("--adversarial_dir is of offline training: leave it or --online_steps out")
+    rows = common.load_training_rows(args)
     folder = None if args.online_steps else common.adversarial_folder(args, "train")
-    rows = common.load_rows(args, "train", args.num_images + args.val_images)
     inputs = common.adversarial_checksum(folder, args.num_images) if folder else {}
     run = common.Run(args, common.code_checksums(__file__), rows, inputs)
     if run.previous:

@@ -117,8 +117,8 @@ def through(codec, qualities, encode_image, seed=0, among=None):
 
 
 def main(args):
+    rows = common.load_rows(args, "eval")
     folder = common.adversarial_folder(args, "eval")
-    rows = common.load_rows(args, "eval", args.num_images)
     inputs = common.adversarial_checksum(folder, args.num_images)
     run = common.Run(args, common.code_checksums(__file__), rows, inputs)
     if run.previous:
@@ -143,7 +143,7 @@ def main(args):
         means = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}
         qualities[q] = means | {"per_image": per_image}
         print(f"JPEG quality {q:<6}" + "".join(f"{value:10.4f}" for value in means.values()), flush=True)
-    run.finish(clip, n=len(pixels), qualities=qualities, attack=health, coco_ids=examples["coco_id"][:])
+    run.finish(clip, n=len(pixels), qualities=qualities, attack=health, coco_ids=common.known_ids(examples))
 
 
 if __name__ == "__main__":

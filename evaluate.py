@@ -84,7 +84,8 @@ def parse_args(argv=None):
 def reproduce(args):
     """Run the stages, each as its own command; one that is complete and was made with these flags ends at once."""
     flags = f"{common.SHARED} overwrite"
-    generate, counts = "generate_pgd_adversarial.py", {"train": [], "eval": ["--num_images", args.num_images]}
+    count = ["--num_images", args.num_images] if args.num_images else []
+    generate, counts = "generate_pgd_adversarial.py", {"train": [], "eval": count}
     for split, words in counts.items():
         words = ["--split", split, *words]
         command = common.command_of(generate, args, f"adversarial_{split}", *words, flags=f"{flags} batch_size")
@@ -182,7 +183,7 @@ def row_key(args, spec, images, code):
 
 def check_leakage(name, clip, examples):
     """End if a model was trained on an evaluation image, as far as its weights say."""
-    if leaked := clip.train_ids & {*examples["coco_id"]}:
+    if leaked := clip.train_ids & {*common.known_ids(examples)}:
         fail(f"leakage: {name} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
 
 
@@ -196,7 +197,7 @@ def load_row(args, name, spec, original, examples):
         row.pixels = load_examples(args, "eval", rows, clip.geometry)[:]["pixels"]
         transform = common.to_geometry(clip.geometry)
         row.transfer = np.stack([transform(Image.fromarray(image.transpose(1, 2, 0))) for image in original.transfer])
-    return row
+    return forgive_equal_captions(row)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,13 +206,29 @@ def load_row(args, name, spec, original, examples):
 
 def load_candidates(kind, examples):
     """The captions to retrieve from, as a Row has them: captions, own, allowed."""
-    own = examples["caption"][:]
-    lists = examples["texts"][:] if kind == "mmeb" else [own] * len(own)
+    own, right = examples["caption"][:], examples["captions"][:]
+    lists = examples["texts"][:] if kind == "mmeb" else [list(itertools.chain(*right))] * len(own)
     captions = list(dict.fromkeys(itertools.chain(*lists)))
-    allowed = torch.tensor([[caption in texts for caption in captions] for texts in map(set, lists)])
+    # an image's further captions are no wrong answers
+    sets = [{*texts} - {*captions_of[1:]} | {captions_of[0]} for texts, captions_of in zip(lists, right)]
+    allowed = torch.tensor([[caption in texts for caption in captions] for texts in sets])
     if allowed.sum(1).min() < 2:
         fail("retrieval needs at least two different captions for each image: raise --num_images")
     return captions, torch.tensor([captions.index(caption) for caption in own]), allowed
+
+
+def forgive_equal_captions(row):
+    """Return a row in which captions that its tokenizer makes equal are not each other's wrong answers."""
+    length = row.clip.tokenizer(row.captions[:1]).shape[1]
+    tokens, whole = (row.clip.tokenizer(row.captions, context_length=size) for size in (length, 8 * length))
+    padding = whole[0, -2]  # the last token may be one of its own
+    cut = ((whole != padding).sum(1) > (tokens != padding).sum(1)).sum().item()
+    if cut:
+        print(f"{row.name}: {cut} of {len(row.captions)} captions are longer than its {length} tokens and are cut")
+    _, groups = tokens.unique(dim=0, return_inverse=True)
+    equal = groups[None] == groups[row.own][:, None]  # (N, M)
+    equal.scatter_(1, row.own[:, None], False)
+    return replace(row, allowed=row.allowed & ~equal)
 
 
 def score(row, pixels, seed):
@@ -608,8 +625,8 @@ MEASURED = ["keys", "per_image", "health", "row_gradients", "sanity"]  # of metr
 def main(args):
     if args.reproduce:
         reproduce(args)
-    folder = common.adversarial_folder(args, "eval")
-    rows, specs = common.load_rows(args, "eval", args.num_images), list_rows(args)
+    rows, folder = common.load_rows(args, "eval"), common.adversarial_folder(args, "eval")
+    specs = list_rows(args)
     code = common.code_checksums(__file__, "Row", "measure", "load_row", "load_candidates", "row_attack")
     run = common.Run(args, code, rows, extends=ROW_FLAGS)
     images = [rows["checksum"][:], common.adversarial_checksum(folder, len(rows)), args.skip_bad_images]
@@ -684,7 +701,7 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
     check_leakage("original", clip, examples)
     transfer = common.load_adversarial(folder, examples, args)
     original = Row("original", clip, examples[:]["pixels"], transfer, *load_candidates(args.candidates, examples))
-    loaded = {None: original}  # a row for each model; one behind JPEG has the model of another
+    loaded = {None: forgive_equal_captions(original)}  # a row for each model; one behind JPEG has the model of another
     for name in missing:
         if specs[name].source not in loaded:
             loaded[specs[name].source] = load_row(args, name, specs[name], original, examples)
@@ -694,12 +711,12 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
     attacked = len(missing) * checks * min(SANITY_IMAGES, len(examples)) * args.sanity  # at most
     attacked += len(unmeasured) * 2 * args.restarts * len(examples)  # both losses
     common.announce(clip, original.pixels, examples["caption"][:], attacked * args.attack_steps)
-    for row in loaded.values():
-        if row is not original:
+    for source, row in loaded.items():
+        if source:
             common.check_gradient(row.clip, row.pixels, examples["caption"][:])
     run.require_space(1.1 * attacked * original.pixels[0].nbytes)
 
-    record["coco_ids"] = examples["coco_id"][:]
+    record["coco_ids"] = common.known_ids(examples)
     for name in missing:
         spec, attack = specs[name], row_attack(args, specs[name])
         row = replace(loaded[spec.source], name=name, qualities=spec.qualities, key=common.digest(keys[name]))

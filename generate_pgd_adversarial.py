@@ -39,7 +39,7 @@ def write_png(path, pixels):
 
 
 def main(args):
-    rows, code = common.load_rows(args, args.split, args.num_images), common.code_checksums(__file__)
+    rows, code = common.load_rows(args, args.split), common.code_checksums(__file__)
     run = common.Run(args, code, extends=["num_images"])
     done = earlier_entries(run, rows, args)
     if run.previous and run.previous["args"]["num_images"] >= args.num_images:
@@ -50,7 +50,7 @@ def main(args):
     pixels, captions, ids = examples["pixels"], examples["caption"][:], examples["coco_id"][:]
     common.announce(clip, pixels, captions, (len(pixels) - len(done)) * args.steps)
     run.require_space(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run stores
-    files = [common.twin_name(coco_id) for coco_id in ids]
+    files = [common.image_file(name) for name in examples["name"]]
     (run.dir / "images").mkdir(exist_ok=True)
 
     attack, text_features = common.Attack(args.eps, args.alpha, args.steps, args.seed), clip.encode_text(captions)
