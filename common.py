@@ -95,13 +95,22 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 def pixel_distance(text):
-    """argparse type for a distance on the [0, 1] pixel scale, from one grey level to below 1: '8/255' or '0.0314'."""
+    """argparse type for a distance on the [0, 1] pixel scale: '8/255' or '0.0314'."""
     over, _, under = text.partition("/")
     with suppress(ValueError, ZeroDivisionError):
         value = float(over) / float(under or 1)
-        if 1 / 255.5 < value < 1:
+        if 0 < value < 1:
             return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not from 1/255 to below 1; for {text} levels write {text}/255")
+    advice = "" if under else f"; for {text} grey levels write {text}/255"
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number or fraction between 0 and 1{advice}")
+
+
+def radius(text):
+    """argparse type for the radius of an attack on 8-bit images, at least one grey level."""
+    value = pixel_distance(text)
+    if value < 1 / 255.5:
+        raise argparse.ArgumentTypeError(f"{text} is less than one grey level, 1/255, which 8-bit images cannot hold")
+    return value
 
 
 def radius_text(value):
@@ -148,7 +157,7 @@ def make_parser(doc, batch_size=64):
     flag("--num_workers", type=number(1, 1024), default=os.cpu_count(), help="threads that write PNGs")
     flag("--cache_dir", default="runs/cache", help="for decoded images, uint8")
     flag = parser.add_argument_group("attack: L-inf, pixels in [0, 1], before CLIP's normalisation").add_argument
-    flag("--eps", type=pixel_distance, default="8/255", help="radius")
+    flag("--eps", type=radius, default="8/255", help="radius")
     flag("--alpha", type=pixel_distance, default="2/255", help="step size of the report's attack")
     flag("--steps", type=number(1, 10**6), help="gradient steps, in a training those of its validation")
     return parser
@@ -190,9 +199,18 @@ def parse_flags(parser, argv, stage, images):
         defaults["pretrained"] = ""  # such a model brings its weights
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(chosen, name)})
     args = parser.parse_args(words)
+    for name, value in vars(args).items():
+        if isinstance(value, str):
+            setattr(args, name, expand_home(value))
     if not args.output_dir:
         parser.error("--output_dir is empty")
     return args
+
+
+def expand_home(path):
+    """Replace the ~ at the start of a path, also behind local-dir:, by the home folder."""
+    folder = path.removeprefix("local-dir:")
+    return path[: len(path) - len(folder)] + os.path.expanduser(folder)
 
 
 SHARED = "device model pretrained precision train_data eval_data image_root skip_bad_images num_workers cache_dir"
@@ -233,7 +251,13 @@ def run_script(words):
 # ---------------------------------------------------------------------------------------------------------------------
 # Failing: what comes from outside ends a script in one line; and processes: one, or torchrun's, of which rank 0 speaks
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LAUNCHER = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"  # numbers that torchrun sets, beside MASTER_ADDR
+RANK, PROCESSES = 0, 1
+if "MASTER_ADDR" in os.environ and all(os.environ.get(name, "").isdigit() for name in LAUNCHER):  # else: leftovers
+    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+MEETING_SECONDS = 50
 
 
 def fail(message, what="error", code=2):
@@ -272,8 +296,14 @@ def process_group():
     if PROCESSES == 1 or distributed.is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(days=1))  # decoding may keep rank 0 for hours
+    backend, where = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", {}
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # no torchrun that has started the others
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        said = f"RANK, WORLD_SIZE={PROCESSES} and MASTER_ADDR are set, but so many processes did not meet in time"
+        with about(f"{said}: unset them, or start all processes"):
+            store = distributed.TCPStore(address, port, PROCESSES, RANK == 0, timedelta(seconds=MEETING_SECONDS))
+        where = {"store": store, "rank": RANK, "world_size": PROCESSES}
+    distributed.init_process_group(backend, timeout=timedelta(days=1), **where)  # decoding may keep rank 0 for hours
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -294,6 +324,8 @@ def run_main(main, args):
     logging.disable(logging.ERROR)  # what datasets and open_clip log, they raise as well, or it is no news
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    if args.eps != grey_levels(args.eps) / 255:
+        print(f"note: of --eps {radius_text(args.eps)} 8-bit images can hold {grey_levels(args.eps)} whole grey levels")
     try:
         main(args)
     except KeyboardInterrupt:
@@ -323,9 +355,10 @@ tqdm.set_lock(threading.RLock())  # its own is of multiprocessing, and a complai
 
 def progress(iterable=None, what="", total=None, unit="batch"):
     """A progress bar with rate and ETA, shown once something takes longer than two seconds."""
-    log = not sys.stderr.isatty()  # there, a line now and then
-    every = 30 if log else 0.2
-    return tqdm(iterable, what, total, unit=unit, delay=2, mininterval=every, ncols=79, leave=log, disable=RANK > 0)
+    options = {"unit": unit, "delay": 2, "ncols": 79, "disable": RANK > 0, "leave": False, "mininterval": 0.2}
+    if not sys.stderr.isatty():  # in a log, a line of its own now and then
+        options |= {"mininterval": 30, "bar_format": "{l_bar}{bar}{r_bar}\n"}
+    return tqdm(iterable, what, total, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,6 +369,8 @@ NOT_IN_RESULT = {"output_dir", "overwrite", "num_workers", "cache_dir", "reprodu
 
 
 LOCKS = []  # what releases the output folders of this process
+OUR_FILES = ["images", "metadata.jsonl", "log.jsonl", "open_clip_config.json", "open_clip_model.safetensors"]
+OUR_FILES += ["table.md", "examples.png", "histogram.png", "table.png", "eps_curves.png", "radii.png"]
 
 
 class Run:
@@ -365,7 +400,7 @@ class Run:
             "seconds": 0.0,
         }
         try:
-            found = None if RANK else self.take_folder()
+            found = None if RANK else self.take_folder(args)
         except SystemExit:
             self.release()
             raise
@@ -375,9 +410,10 @@ class Run:
             self.record |= {"started": begun["started"], "seconds": begun["seconds"]}
             print(f"{self.dir} holds an unfinished run: resuming ({begun['seconds']:.0f} s were done before)")
 
-    def take_folder(self):
+    def take_folder(self, args):
         """Lock the folder until this process ends; return the records of this run in it, complete and unfinished."""
         self.release = lambda: None
+        self.refuse_foreign(args)
         with about(f"cannot write to --output_dir {self.dir}"):
             made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -399,6 +435,18 @@ class Run:
         if not begun:
             shutil.rmtree(self.partial, ignore_errors=True)
         return previous, begun
+
+    def refuse_foreign(self, args):
+        """End if the folder is an input, or holds files under our names that no run of ours has written."""
+        inputs = [args.train_data, args.eval_data, args.model, getattr(args, "adversarial_dir", None)]
+        inputs += [root.rpartition("=")[2] for root in args.image_root or ()]
+        for folder in ((folder or "").removeprefix("local-dir:") for folder in inputs):
+            if os.path.isdir(folder) and self.dir.exists() and os.path.samefile(folder, self.dir):
+                fail(f"--output_dir {self.dir} is an input, too, and would be overwritten: choose another")
+        if not self.partial.exists() and not self.done.exists():
+            found = [name for name in OUR_FILES if (self.dir / name).exists()]
+            if found:
+                fail(f"--output_dir {self.dir} holds {found[0]}, and no run of ours has written it: choose another")
 
     def read(self, file):
         """Return the record of this run that an earlier process wrote, or None; another run's ends the script."""
@@ -447,6 +495,8 @@ class Run:
             free = shutil.disk_usage(self.dir).free
             if free < num_bytes:
                 fail(f"{self.dir} needs {num_bytes / 1e9:.2f} GB and has {free / 1e9:.2f} GB free: make room first")
+            self.partial.mkdir(exist_ok=True)  # a mark that what is here is ours
+            save(self.partial / "run.json", self.record | {"seconds": self.seconds()})
             if not self.previous:
                 self.done.unlink(missing_ok=True)
         gather()
@@ -544,7 +594,7 @@ def git_commit():
 
 # definitions that change no number: they speak, keep books, or give flags, which identify a run themselves
 NOT_IN_CODE = {"PRESETS", "Run", "about", "adversarial_folder", "code_checksums", "describe", "duration", "fail"}
-NOT_IN_CODE |= {"LOCKS", "progress"}
+NOT_IN_CODE |= {"LAUNCHER", "PROCESSES", "RANK", "LOCKS", "MEETING_SECONDS", "OUR_FILES", "progress", "run_script"}
 
 
 def code_checksums(script, *names):
@@ -1302,6 +1352,7 @@ def image_folder(args, split):
         its_split, _, path = root.partition("=")
         if its_split not in SPLITS:
             its_split, path = split, root
+        path = os.path.expanduser(path)
         if not os.path.isdir(path):
             fail(f"--image_root {path} is not a folder")
         if its_split == split:
@@ -1793,9 +1844,12 @@ def announce(clip, pixels, captions, image_steps):
     """Before the first batch, say the work, in images times steps forward and back to the pixels, and its time here."""
     check_gradient(clip, pixels, captions)
     pixel_gradient(clip, pixels, captions)  # a warm-up
-    began = time.perf_counter()
-    count = len(pixel_gradient(clip, pixels, captions))
-    seconds = (time.perf_counter() - began) / count * image_steps / PROCESSES
+    times, began = [], time.perf_counter()
+    while len(times) < 5 and time.perf_counter() - began < 1 or not times:  # the least, on a busy machine
+        clock = time.perf_counter()
+        count = len(pixel_gradient(clip, pixels, captions))
+        times.append(time.perf_counter() - clock)
+    seconds = min(times) / count * image_steps / PROCESSES
     line = f"work: {image_steps:,} image-steps, about {duration(seconds)} on {PROCESSES} x {clip.device}"
     if clip.device.type == "cpu" and seconds > 1800:
         line += "; without a GPU, the smaller --preset tiny or smoke shows the same in minutes"
@@ -1898,10 +1952,17 @@ class Trainer:
                 batch = order[position * self.size : (position + 1) * self.size]
                 mine = np.array_split(np.pad(batch, (0, -len(batch) % PROCESSES), mode="edge"), PROCESSES)[RANK]
                 torch.manual_seed(self.args.seed + step)  # for a tower with patch dropout
-                self.visual.train()
+                self.train_mode()
                 yield step, batch, mine
                 if self.stopped:
                     return
+
+    def train_mode(self):
+        """Put the visual tower into training mode, but for BatchNorm: its statistics would depend on the processes."""
+        self.visual.train()
+        for module in self.visual.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def encode(self, images, twins, count):
         """Features of the batch's clean images and of their twins, (count, D) each, in one pass through the tower."""

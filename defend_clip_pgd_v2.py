@@ -71,7 +71,7 @@ def main(args):
             encode_image = clip.frozen()
             start = start_noise(images, args.eps, args.seed + step, mine.tolist())
             images_adv, _ = pgd(lambda x: distance(encode_image(x), mine), images, attack, start)  # noqa: B023
-            visual.train()
+            trainer.train_mode()
         else:
             images_adv = as_images(offline[mine], clip.device)
 

@@ -5,6 +5,8 @@
     python evaluate.py --reproduce                  # the whole report on CLIP ViT-L/14, on a GPU
     python evaluate.py --checkpoint fare4=hf-hub:chs20/fare4-clip --output_dir runs/report/with_fare
     python evaluate.py --preset tiny --qualities 75 50 30 random --sanity --output_dir runs/tiny/truth
+    python evaluate.py --preset tiny --radii 1/255 2/255 4/255 8/255
+    python evaluate.py --eval_data my_pictures --model ViT-B-16-quickgelu --output_dir runs/mine/evaluation
 
 transfer    images attacked once on the original model, then shown to the defended one: the report's protocol
 white-box   the worst, image by image, of the transferred image and of momentum PGD on the defence itself, end to end,
@@ -12,19 +14,20 @@ white-box   the worst, image by image, of the transferred image and of momentum 
             is the adaptive attack, through a differentiable codec; every score is on the real JPEG bytes
 
 Files written to --output_dir (default runs/<preset>/evaluation); the stages' folders stand beside it:
-    table.md, metrics.json (per image, too), examples.png, histogram.png, table.png, with --sanity eps_curves.png
+    table.md, metrics.json (per image, too), examples.png, histogram.png, table.png, with --sanity eps_curves.png, with
+    --radii radii.png
 """
 
 import argparse
 import itertools
 import math
+import os
 import re
 import textwrap
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import matplotlib.figure
 import numpy as np
 import torch
 from PIL import Image
@@ -33,7 +36,12 @@ import common
 from common import as_images, attack_all, duration, fail, load_clip, load_examples, number
 from eval_jpeg import differentiable_jpeg, jpeg, jpeg_quality, through
 
-matplotlib.rcParams["text.parse_math"] = False  # captions and names are not formulas
+BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's ends the import elsewhere; a figure in a file needs none
+import matplotlib.figure  # noqa: E402
+import matplotlib.style  # noqa: E402
+
+if BACKEND:
+    os.environ["MPLBACKEND"] = BACKEND
 
 REPORT = {  # Adversarial Robustness Evaluation for CLIP Models, on CLIP ViT-L/14 and MMEB COCO: clean, transfer, gain
     "original": (0.2513, -0.1783, None),
@@ -50,7 +58,7 @@ STAGES = {  # stage folder -> the script that makes it, and its flags
     "online": ["defend_clip_pgd_v2.py", "--online_steps", 2],
 }
 # flags that choose rows: a complete table is extended by them
-ROW_FLAGS = ["qualities", "defence", "checkpoint", "adversarial_dir", "sanity"]
+ROW_FLAGS = ["qualities", "defence", "checkpoint", "adversarial_dir", "sanity", "radii"]
 SANITY_IMAGES = 24
 SETTLED = 0.02  # by so much may a longer search still lower the mean cosine
 EPS_CURVE = [0, 1, 2, 4, 8, 16, 32, 64]  # grey levels
@@ -59,6 +67,7 @@ EPS_CURVE = [0, 1, 2, 4, 8, 16, 32, 64]  # grey levels
 def checkpoint(text):
     """argparse type: NAME=PATH_OR_MODEL."""
     name, _, source = text.partition("=")
+    source = common.expand_home(source)
     if not name or not (source.startswith(("local-dir:", "hf-hub:")) or Path(source).is_file()):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=a file, NAME=local-dir:DIR or NAME=hf-hub:ORG/NAME")
     return name, source
@@ -76,6 +85,8 @@ def parse_args(argv=None):
     flag("--attack_steps", type=number(1, 10**6), help="of the white-box attack; --steps are the transferred images'")
     flag("--restarts", type=number(1, 1000), default=1, help="white-box starts: the transferred images, then noise")
     flag("--candidates", choices=["evaluation", "mmeb"], default="evaluation", help="whose captions to retrieve from")
+    radii = "radii of a curve of every row's R@1 and cosine"
+    flag("--radii", type=common.radius, nargs="+", default=[], metavar="EPS", help=radii)
     flag("--sanity", action="store_true", help="run the battery of checks on every row, and mark those that fail")
     flag("--reproduce", action="store_true", help="first run every missing stage, each as its own command")
     return common.parse_flags(parser, argv, lambda _: "evaluation", lambda _: "eval")
@@ -178,6 +189,8 @@ def row_key(args, spec, images, code):
         weights += common.source_checksums(spec.source).values()
     attack = [asdict(row_attack(args, spec)), spec.qualities, args.restarts, args.seed, args.precision]
     parts = {"weights": weights, "images": images, "captions": args.candidates, "attack": attack} | code
+    if args.radii:
+        parts["radii"] = [sorted(args.radii), common.code_checksums(__file__, "radius_curve")]
     return {name: common.digest(part) for name, part in parts.items()}
 
 
@@ -300,6 +313,30 @@ def measure(row, attack, starts, seed, run=None):
     both = [score(row, pixels, seed)["rank_t2i"] for pixels in (lowest, narrowest)]
     worst["rank_t2i"] = min(both, key=lambda ranks: (ranks == 0).sum())  # the set that retrieves worse
     return {"clean": clean, "transfer": transfer, "white_box": worst}, lowest, common.sum_health(healths)
+
+
+def radius_curve(row, args, conditions, run=None):
+    """Return a row's similarity and R@1 at each of --radii: [(grey levels, similarity, R@1)], the clean images first.
+
+    At each radius every image counts as the worst found in its ball, by the attack of that radius or of a smaller one,
+    so that no curve rises; from --eps on also by that of the table.
+    """
+    scored = [conditions["clean"]]
+    curve = [(0, *mean_worst(scored))]
+    for eps in sorted(args.radii):
+        attack = common.white_box(eps, args.attack_steps, through_jpeg=bool(row.qualities))
+        found, _ = attack_both(attack, row, args.seed, run)
+        scored += [score(row, pixels, args.seed) for pixels in found]
+        table = [conditions["white_box"]] if eps >= args.eps else []
+        curve.append((round(eps * 255, 6), *mean_worst(scored + table)))
+    return curve
+
+
+def mean_worst(scored):
+    """Return mean similarity and image-to-text R@1 where each image counts as the worst of several score() results."""
+    similarity = np.minimum.reduce([values["similarity"] for values in scored])
+    ranks = np.maximum.reduce([values["rank_i2t"] for values in scored])
+    return float(similarity.mean()), float((ranks == 0).mean())
 
 
 def improvement(clean, adversarial, clean_0, adversarial_0):
@@ -490,6 +527,10 @@ def console_table(record):
         if name in report:
             clean, adversarial, gain = report[name]
             lines.append(f"{'  the report':21}{clean:7.3f}{adversarial:9.3f}{'':7}{percent(gain):>8}")
+    if record["radii"]:
+        (_, *header), *rows = radius_lines(record)
+        lines += ["", f"{'R@1, cosine at':20}" + "".join(f"{cell:>12}" for cell in header)]
+        lines += [f"{name[:20]:20}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in rows]
     return "\n".join([*lines, "", *(line for note in notes_on(record, marks) for line in textwrap.wrap(note, 80))])
 
 
@@ -501,6 +542,17 @@ share of the original model's drop that the defence takes away. R@1, R@5: image 
 caption no longer first. training: wall time, offline images included. A model of another input size is attacked in its
 own pixels; the transferred images reach it as files do, through its own preprocessing. R@5 and text to image are
 scored on the same images, not attacked for themselves. Where R@1 is 0, the cosine still falls with further steps."""
+
+
+def radius_lines(record):
+    """R@1 and similarity of every row at every radius, as lines of a table: [[cell]], the header first."""
+    curves = record["radii"]
+    levels = sorted({point[0] for curve in curves.values() for point in curve})
+    lines = [["R@1, cosine at"] + [f"{level:.4g}/255" if level else "clean" for level in levels]]
+    for name, curve in curves.items():
+        at = {level: f"{recall:.2f} {similarity:+.3f}" for level, similarity, recall in curve}
+        lines.append([name] + [at.get(level, "-") for level in levels])
+    return lines
 
 
 def markdown(text):
@@ -531,6 +583,10 @@ def markdown_table(record):
         lines.append(cells + [""] * (len(header) - len(cells)))
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     parts = [f"{markdown(', '.join(setting(record)))}.", table, NOTES, *notes_on(record, marks, markdown)]
+    if record["radii"]:
+        header, *rows = radius_lines(record)
+        lines = [header, ["---"] * len(header), *([markdown(name), *cells] for name, *cells in rows)]
+        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     if record["sanity"]:
         parts.append(f"Sanity battery, {min(SANITY_IMAGES, record['n'])} images; (!) marks a row that fails a check:")
         parts.append("\n".join(f"- {line}" for line in sanity_lines(record, markdown)))
@@ -545,11 +601,13 @@ def sanity_lines(record, shown=str):
 
 @contextmanager
 def drawn(path, size, *shape, **options):
-    """The axes (rows, columns) of a figure, which is saved at the end."""
-    figure = matplotlib.figure.Figure(size)
-    yield figure.subplots(*shape, squeeze=False, **options)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    """The axes (rows, columns) of a figure, which is saved at the end; no matplotlibrc of the user's changes it."""
+    # captions and names are not formulas
+    with matplotlib.style.context(["default", {"text.parse_math": False}]):
+        figure = matplotlib.figure.Figure(size)
+        yield figure.subplots(*shape, squeeze=False, **options)
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
 
 
 def draw_examples(path, row, pixels_adv):
@@ -607,19 +665,20 @@ def draw_table(path, record):
         axis.legend(ncols=3, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
 
 
-def draw_eps_curves(path, record):
-    """Similarity and R@1 of every row against the attack's radius."""
+def draw_curves(path, curves, count):
+    """Similarity and R@1 against the attack's radius: {row: [(grey levels, similarity, R@1)]}, over count images."""
+    levels = sorted({point[0] for curve in curves.values() for point in curve})
     with drawn(path, (10, 4), 1, 2) as (axes,):
         for k, (axis, label) in enumerate(zip(axes, ("mean cosine with the own caption", "image-to-text R@1")), 1):
-            for name, row in record["sanity"].items():
-                axis.plot([point[k] for point in row["eps_curve"]], marker=".", label=name)
-            axis.set_xticks(range(len(EPS_CURVE)), EPS_CURVE)
-            axis.set(xlabel=f"eps in grey levels, {min(SANITY_IMAGES, record['n'])} images", ylabel=label)
-            axis.axvline(EPS_CURVE.index(8), color="grey", linewidth=0.6, linestyle=":")
+            for name, curve in curves.items():
+                axis.plot([levels.index(point[0]) for point in curve], [point[k] for point in curve], ".-", label=name)
+            axis.set_xticks(range(len(levels)), [f"{level:.4g}" for level in levels])
+            axis.set(xlabel=f"radius in grey levels (eps = x/255), {count} images", ylabel=label)
         axes[1].legend(fontsize=8, frameon=False)
 
 
-MEASURED = ["keys", "per_image", "health", "row_gradients", "sanity"]  # of metrics.json, each {row: ...}
+MEASURED = ["keys", "per_image", "health", "row_gradients", "sanity", "radii"]  # of metrics.json, each {row: ...}
+OPTIONAL = ["sanity", "radii"]  # of these what --sanity and --radii ask for
 
 
 def main(args):
@@ -636,7 +695,8 @@ def main(args):
     record = {"args": run.record["args"], "transfer_note": common.code_note(folder)}
     record["shown_by"] = common.digest(common.code_checksums(__file__))  # other code shows the same figures anew
     take_measured(run, record, keys)
-    missing = [name for name in keys if name not in record["per_image"] or args.sanity and name not in record["sanity"]]
+    asked = ["per_image", *(kind for kind in OPTIONAL if getattr(args, kind))]
+    missing = [name for name in keys if any(name not in record[kind] for kind in asked)]
     if run.previous and not missing and is_shown(record, run.previous, specs):
         run.report_complete()
         print(console_table(run.previous))
@@ -670,13 +730,13 @@ def take_measured(run, record, keys):
     record["coco_ids"] = previous.get("coco_ids")
     for name, was in earlier["keys"].items():
         target = record if name in keys else record["not_shown"]
-        changed = [part for part in was if name in keys and was[part] != keys[name][part]]
-        if changed and changed != ["sanity"]:
+        changed = [part for part, value in keys.get(name, was).items() if was.get(part) != value]
+        if {*changed} - {*OPTIONAL}:
             why = ", ".join(f"code ({run.changed})" if part == "code" and run.changed else part for part in changed)
             print(f"{name} is measured again: other {why}")
             continue
         for kind in MEASURED:
-            if name in earlier[kind] and not (changed and kind == "sanity"):
+            if name in earlier[kind] and kind not in changed:
                 target[kind][name] = earlier[kind][name]
         target["per_image"][name] = {
             condition: {key: np.array(values, int if "rank" in key else np.float32) for key, values in scored.items()}
@@ -709,6 +769,7 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
     unmeasured = [name for name in missing if name not in record["per_image"]]
     checks = 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # attacks on an image, five times the steps as five; see sanity()
     attacked = len(missing) * checks * min(SANITY_IMAGES, len(examples)) * args.sanity  # at most
+    attacked += len(missing) * 2 * len(args.radii) * len(examples)
     attacked += len(unmeasured) * 2 * args.restarts * len(examples)  # both losses
     common.announce(clip, original.pixels, examples["caption"][:], attacked * args.attack_steps)
     for source, row in loaded.items():
@@ -728,7 +789,9 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
         if args.sanity:
             checks, curve = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)
             record["sanity"][name] = {"checks": checks, "eps_curve": curve}
-        record["keys"][name] = keys[name]
+        if args.radii:
+            record["radii"][name] = radius_curve(row, args, record["per_image"][name], run)
+        record["keys"][name] = record["keys"].get(name, {}) | keys[name]
 
 
 def show(run, record):
@@ -738,9 +801,13 @@ def show(run, record):
     common.save(run.dir / "table.md", markdown_table(record))
     draw_histograms(run.dir / "histogram.png", record)
     draw_table(run.dir / "table.png", record)
-    (run.dir / "eps_curves.png").unlink(missing_ok=True)  # of a run before
+    count = min(SANITY_IMAGES, record["n"])
+    curves = {name: row["eps_curve"] for name, row in record["sanity"].items()}
+    for name, kind, n in (("eps_curves.png", curves, count), ("radii.png", record["radii"], record["n"])):
+        (run.dir / name).unlink(missing_ok=True)  # of a run before
+        if kind:
+            draw_curves(run.dir / name, kind, n)
     if record["sanity"]:
-        draw_eps_curves(run.dir / "eps_curves.png", record)
         for line in ["", *sanity_lines(record)]:
             print(textwrap.fill(line, 80, subsequent_indent=" " * 7))
 
