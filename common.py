@@ -413,8 +413,8 @@ class Run:
     def take_folder(self, args):
         """Lock the folder until this process ends; return the records of this run in it, complete and unfinished."""
         self.release = lambda: None
-        self.refuse_foreign(args)
         with about(f"cannot write to --output_dir {self.dir}"):
+            self.refuse_foreign(args)
             made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
             self.dir.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.dir, os.O_RDONLY)
@@ -1309,7 +1309,7 @@ def load_rows(args, split, count=None):
     coco_id   or None for an image that is not known to be COCO's
     captions  those of the image; caption is their first, which is attacked
     texts     what it is retrieved from, with MMEB's --candidates
-    checksum  of path, texts and the content of the image file, without decoding it; from a hub the commit stands for
+    checksum  of path, captions and the content of the image file, without decoding it; from a hub the commit stands for
               the content
     """
     source, folder = getattr(args, f"{split}_data"), image_folder(args, split)
@@ -1326,7 +1326,7 @@ def load_rows(args, split, count=None):
             contents = [content_checksum(files, found[path]) for path in rows["path"]]
         else:
             contents = [commit] * count
-        checksums = [digest(row) for row in zip(rows["path"], rows["texts"], contents)]
+        checksums = [digest(row) for row in zip(rows["path"], rows["captions"], contents)]
         return rows.add_column("checksum", checksums)
 
 
@@ -1476,7 +1476,7 @@ def load_examples(args, split, rows, geometry):
     """
     source = getattr(args, f"{split}_data")
     with about(f"--{split}_data {source}"):
-        key = digest([rows.column_names, rows["checksum"][:], geometry, args.skip_bad_images])
+        key = digest([rows.to_dict(), geometry, args.skip_bad_images])
         cache = Path(args.cache_dir, f"{key}.arrow").absolute()
         if RANK:
             gather()  # rank 0 decodes first, and the others find it done

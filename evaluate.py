@@ -689,6 +689,7 @@ def main(args):
     code = common.code_checksums(__file__, "Row", "measure", "load_row", "load_candidates", "row_attack")
     run = common.Run(args, code, rows, extends=ROW_FLAGS)
     images = [rows["checksum"][:], common.adversarial_checksum(folder, len(rows)), args.skip_bad_images]
+    images += [rows["texts"][:]] if args.candidates == "mmeb" else []
     code = {"code": code, "sanity": common.code_checksums(__file__, "sanity")}
     keys = {name: row_key(args, spec, images, code) for name, spec in specs.items()}
 

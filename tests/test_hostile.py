@@ -427,15 +427,15 @@ CASES += [
     refuses("row path too long", row_path("a" * 5000 + "/{name}"), DATA, "aaaa"),
     refuses("row path None", edit(None), "row 0"),
     refuses("row path a list", column(lambda paths: [[path] for path in paths]), "row 0"),
-    refuses("row path not UTF-8", column(not_utf8), DATA, "split test", "utf-8"),
+    refuses("row path not UTF-8", column(not_utf8), DATA, "utf-8"),
     refuses("no path", lambda p: pq.write_table(pq.read_table(p.parquet, columns=["tgt_text"]), p.parquet), "img_path"),
     refuses("linked image", link(STRANGER, STRANGER), STRANGER),
     refuses("linked folder", link("linked", ""), STRANGER),
     copes("links of the hub's cache", as_in_the_hubs_cache, same_figures),
     refuses("image_root without images", flag("--image_root", "{tmp}/out"), DATA, HERE),
-    refuses("card names files outside", card_outside, DATA, "outside the folder"),
-    refuses("card no YAML", there({"MMEB-eval/README.md": b"---\nconfigs: [{\n---\n"}), DATA),
-    refuses("code in the data folder", there({"MMEB-eval/MMEB-eval.py": b"open('ran', 'w')"}), DATA),
+    refuses("card names files outside", card_outside, DATA, "no parquet file"),
+    copes("card no YAML", there({"MMEB-eval/README.md": b"---\nconfigs: [{\n---\n"}), same_figures),
+    copes("code in the data folder", there({"MMEB-eval/MMEB-eval.py": b"open('ran', 'w')"}), same_figures),
     refuses("parquet cut", lambda place: os.truncate(place.parquet, 300), DATA),
     copes("member twice", first_member(lambda name, data: [(name, data), (name, picture())]), first_is_red),
     refuses("AppleDouble alone", first_member(lambda name, data: [(name.replace("COCO", "._COCO"), data)]), HERE),
@@ -677,18 +677,20 @@ JSON = st.recursive(st.none() | st.integers() | st.floats() | WORD, lambda x: st
 
 
 @settings(max_examples=100, **FEW)
-@given(st.integers(0, 2), st.tuples(st.sampled_from(["coco_id", "sha256"]), JSON) | JSON | st.binary(max_size=8))
+@given(st.integers(0, 2), st.tuples(st.sampled_from(["source", "sha256"]), JSON) | JSON | st.binary(max_size=8))
 def test_a_line_of_metadata_changes_no_twin_or_is_refused_in_one_line(at, change):
     args = SimpleNamespace(model="m", pretrained="", eps=8 / 255, alpha=2 / 255, steps=1)
     clean = np.arange(3 * 3 * 8 * 8, dtype=np.uint8).reshape(3, 3, 8, 8)
-    examples = [{"coco_id": i, "caption": f"c{i}", "pixels": pixels, "path": f"{i}"} for i, pixels in enumerate(clean)]
+    rows = [{"name": f"{i}", "checksum": f"s{i}", "caption": f"c{i}", "path": f"{i}"} for i in range(3)]
+    examples = [row | {"pixels": pixels} for row, pixels in zip(rows, clean)]
     with tempfile.TemporaryDirectory() as name:
         folder, lines = Path(name), []
         (folder / "images").mkdir()
         (folder / "metrics.json").write_text(json.dumps(RECORD | {"args": vars(args)}))
         for i, pixels in enumerate(clean):
-            (folder / common.twin_name(i)).write_bytes(data := encoded(Image.fromarray(pixels.transpose(1, 2, 0) ^ 1)))
-            lines.append({"coco_id": i, "caption": f"c{i}", "sha256": hashlib.sha256(data).hexdigest()})
+            data = encoded(Image.fromarray(pixels.transpose(1, 2, 0) ^ 1))
+            (folder / common.image_file(f"{i}")).write_bytes(data)
+            lines.append({"source": f"s{i}", "caption": f"c{i}", "sha256": hashlib.sha256(data).hexdigest()})
         lines[at] = lines[at] | {change[0]: change[1]} if isinstance(change, tuple) else change
         lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
         (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
