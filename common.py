@@ -114,9 +114,9 @@ def radius(text):
 
 
 def radius_text(value):
-    """Write a distance on the [0, 1] pixel scale as a flag takes it: 8/255, or the number if that is not exact."""
+    """Write a distance on the [0, 1] pixel scale as a flag takes it: 8/255, or the number where that is shorter."""
     text = f"{value * 255:.6g}/255"
-    return text if pixel_distance(text) == value else repr(value)
+    return min([repr(value), text], key=len) if pixel_distance(text) == value else repr(value)
 
 
 def number(low, high=math.inf, kind=int):
@@ -321,6 +321,7 @@ def process_group():
 @process_group()
 def run_main(main, args):
     """main(args); a full disk, a full GPU or Ctrl-C ends it in one line, a mistake of ours in its traceback."""
+    silenced = logging.root.manager.disable
     logging.disable(logging.ERROR)  # what datasets and open_clip log, they raise as well, or it is no news
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -337,7 +338,7 @@ def run_main(main, args):
     except OSError as error:
         fail(f"{describe(error)}: once it is mended, the same command goes on from what is saved")
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(silenced)
         while LOCKS:  # a notebook keeps what a failed call has made
             LOCKS.pop()()
 
