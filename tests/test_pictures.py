@@ -3,10 +3,8 @@
 import csv
 import io
 import json
-import os
+import logging
 import shutil
-import subprocess
-import sys
 import zipfile
 from contextlib import redirect_stdout
 from types import SimpleNamespace
@@ -258,20 +256,19 @@ def test_radii_are_curves_that_never_rise_and_attack_no_row_again(tmp_path, monk
 # Machines and the user's own files
 
 
-def test_a_notebooks_backend_and_a_launchers_leftovers_change_nothing():
-    code = "import logging, common, evaluate, os; print(common.RANK, common.PROCESSES, os.environ['MPLBACKEND'],"
-    code += " logging.root.manager.disable, evaluate.parse_args([]).eps)"
-    left = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "RANK": "3", "WORLD_SIZE": "8"}
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | left, capture_output=True, text=True)
-    assert done.stdout.split() == ["0", "1", left["MPLBACKEND"], "0", str(8 / 255)], done.stderr
+def test_processes_that_do_not_come_are_one_line(monkeypatch, capsys):
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(common, "PROCESSES", 2)
+    monkeypatch.setattr(common, "MEETING_SECONDS", 1)
+    line = refusal(capsys, common.process_group().__enter__)
+    assert "WORLD_SIZE=2 and MASTER_ADDR are set" in line and "unset them" in line
 
 
-def test_processes_that_do_not_come_are_one_line():
-    code = "import common; common.MEETING_SECONDS = 1; common.run_main(None, None)"
-    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | world, capture_output=True, text=True)
-    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("[")]
-    assert done.returncode == 2 and "WORLD_SIZE=2 and MASTER_ADDR are set" in line and "unset them" in line
+def test_the_users_logging_is_silenced_while_a_script_runs_alone(tmp_path):
+    seen = []
+    common.run_main(lambda _: seen.append(logging.root.manager.disable), flags(tmp_path))
+    assert seen == [logging.ERROR] and logging.root.manager.disable == 0
 
 
 def test_a_failed_call_leaves_no_lock(tmp_path, capsys):
