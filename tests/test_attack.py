@@ -59,6 +59,15 @@ def test_pgd_keeps_the_best_iterate_and_leaves_the_gradients_of_parameters_alone
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_pgd_returns_the_best_iterate_where_the_last_is_worse():
+    """The loss is highest at a third of a step, so that one step overshoots, and the next comes back."""
+    images = torch.full((2, 3, 4, 4), 0.5)
+    top = images + torch.tensor([1, -1]).view(2, 1, 1, 1) * EPS / 3
+    for steps in (1, 2, 3):
+        images_adv, _ = pgd(lambda x: -(x - top).square().sum((1, 2, 3)), images, Attack(EPS, EPS, steps))
+        assert torch.equal(images_adv, images)
+
+
 def test_pgd_refuses_normalised_pixels():
     with pytest.raises(ValueError, match="normalised"):
         pgd(lambda x: x.sum((1, 2, 3)), torch.randn(1, 3, 4, 4), PGD)
@@ -128,7 +137,14 @@ def test_rounding_to_uint8_never_leaves_the_ball(eps, levels):
     adv = (images + eps * torch.randn_like(images).sign()).clamp(0, 1)
     moved = (to_pixels(adv, pixels, eps).int() - pixels.int()).abs()
     assert moved.max() == levels
-    assert (moved[(pixels > levels) & (pixels < 255 - levels)] == levels).all()  # rounded, not truncated
+    assert (moved[(pixels > levels) & (pixels < 255 - levels)] == levels).all()
+
+
+def test_pixels_are_rounded_not_truncated():
+    pixels = torch.full((1, 3, 2, 2), 100, dtype=torch.uint8)
+    for change, rounded in ((3.6, 4), (3.4, 3), (-3.4, -3), (-3.6, -4)):
+        images = (pixels.float() + change) / 255
+        assert (to_pixels(images, pixels, EPS).int() - 100 == rounded).all()
 
 
 def smooth(count=4, size=40):
@@ -154,6 +170,14 @@ def test_differentiable_jpeg_is_near_pillow_and_its_gradient_knows_of_the_quanti
     (grad,) = torch.autograd.grad((ours * direction).sum(), images)
     assert grad.isfinite().all() and (grad != 0).float().mean() > 0.9
     assert F.cosine_similarity(grad.flatten(1), direction.flatten(1)).max() < 0.8  # that of the identity
+
+
+def test_the_gradient_of_a_jpeg_coefficient_is_the_cubics():
+    """A grey image has one coefficient, (grey - 128) / 2 at quality 50; the identity's gradient would be 1."""
+    for grey, off in ((130.2, 0.1), (130.6, 0.3), (131.0, 0.5)):
+        images = torch.full((1, 3, 16, 16), grey / 255, requires_grad=True)
+        (grad,) = torch.autograd.grad(differentiable_jpeg(images, 50).mean(), images)
+        assert grad.sum().item() == pytest.approx(3 * off**2, rel=1e-2)
 
 
 def test_a_bf16_gradient_of_another_direction_ends_bf16_and_auto_goes_on_in_fp32(monkeypatch, capsys):

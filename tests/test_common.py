@@ -7,6 +7,7 @@ import tracemalloc
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -220,6 +221,19 @@ def test_the_hub_gives_the_same_data_whatever_its_row_counts_and_only_the_member
     assert 0 < sum(sent) < (TINY / "MMEB-eval" / "images.zip").stat().st_size
     assert len(sent) < 4 + 8  # the directory, and about one an image
     process(tmp_path, env, *([*words, "--overwrite"] for words in from_hub))  # nothing is asked a second time
+
+
+# -- trainings
+
+
+def test_every_epoch_has_all_images_once_in_an_order_of_its_own():
+    state = {"log": [], "last_step": 6, "steps_per_epoch": 3, "training": range(10), "size": 4, "stopped": None}
+    trainer = SimpleNamespace(**state, args=SimpleNamespace(seed=0), train_mode=lambda: None)
+    batches = [batch.tolist() for _, batch, _ in common.Trainer.__iter__(trainer)]
+    first, second = (sum(batches[start : start + 3], []) for start in (0, 3))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second != sorted(second)
+    trainer.args.seed = 1
+    assert first != sum([batch.tolist() for _, batch, _ in common.Trainer.__iter__(trainer)][:3], [])
 
 
 # -- MAT
