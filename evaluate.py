@@ -244,20 +244,31 @@ def forgive_equal_captions(row):
     return replace(row, allowed=row.allowed & ~equal)
 
 
-def score(row, pixels, seed):
-    """Every image against every caption: similarity, lead over the hardest other caption, ranks from 0; (N,) each."""
+def score(row, pixels, seed, gallery=None):
+    """Every image against every caption: similarity, lead over the hardest other caption, ranks from 0; (N,) each.
+
+    gallery   clean_gallery(row): text to image, each of these images is then looked for among clean other ones; without
+              it, among each other
+    """
     features = row.clip.encode_pixels(pixels, row.view(row.clip.encode_image, seed))
     cosines = (features @ row.clip.encode_text(row.captions).T).cpu()  # (N, M)
     own = row.own[:, None]
     similarity = cosines.gather(1, own)  # (N, 1)
     others = cosines.masked_fill(~row.allowed, -torch.inf).scatter(1, own, -torch.inf)
-    by_caption = cosines[:, own[:, 0]].T  # (N, N): row i is caption i against every image
+    by_caption = cosines[:, own[:, 0]].T if gallery is None else gallery  # (N, N): row i is caption i with every image
+    other_images = by_caption.clone().fill_diagonal_(-torch.inf)
     return {
         "similarity": similarity[:, 0].numpy(),
         "margin": (similarity[:, 0] - others.amax(1)).numpy(),
         "rank_i2t": (others >= similarity).sum(1).numpy(),  # ties count against the model
-        "rank_t2i": (by_caption >= by_caption.diagonal()[:, None]).sum(1).numpy() - 1,
+        "rank_t2i": (other_images >= similarity).sum(1).numpy(),
     }
+
+
+def clean_gallery(row, seed):
+    """Return the cosines of each image's own caption (row) with every clean image (column): (N, N)."""
+    features = row.clip.encode_pixels(row.pixels, row.view(row.clip.encode_image, seed))
+    return (row.clip.encode_text([row.captions[i] for i in row.own]) @ features.T).cpu()
 
 
 def attack_row(attack, row, run=None):
@@ -296,7 +307,8 @@ def attack_both(attack, row, seed, run=None):
 
 def measure(row, attack, starts, seed, run=None):
     """One row under every condition: {condition: {measure: (N,)}}, the images of lowest cosine, health."""
-    clean, transfer = (score(row, pixels, seed) for pixels in (row.pixels, row.transfer))
+    gallery = clean_gallery(row, seed)
+    clean, transfer = (score(row, pixels, seed, gallery) for pixels in (row.pixels, row.transfer))
     print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
     # the transferred images count as white-box, too, in the ball that those of another geometry may have left
     levels = common.grey_levels(attack.eps)
@@ -305,13 +317,10 @@ def measure(row, attack, starts, seed, run=None):
     for noise_seed in [None, *(seed + 7919 * which for which in range(1, starts))]:
         found, health = attack_both(replace(attack, seed=noise_seed), row, seed, run)
         sets, healths = sets + found, healths + health
-    scored = [score(row, pixels, seed) for pixels in sets]
+    scored = [score(row, pixels, seed, gallery) for pixels in sets]
     every = {key: np.stack([values[key] for values in scored]) for key in transfer}  # (sets, N)
-    worst = {key: values.max(0) if key == "rank_i2t" else values.min(0) for key, values in every.items()}
-    each = torch.arange(len(row.pixels))
-    lowest, narrowest = (torch.stack(sets)[every[key].argmin(0), each] for key in ("similarity", "margin"))
-    both = [score(row, pixels, seed)["rank_t2i"] for pixels in (lowest, narrowest)]
-    worst["rank_t2i"] = min(both, key=lambda ranks: (ranks == 0).sum())  # the set that retrieves worse
+    worst = {key: values.max(0) if key.startswith("rank") else values.min(0) for key, values in every.items()}
+    lowest = torch.stack(sets)[every["similarity"].argmin(0), torch.arange(len(row.pixels))]
     return {"clean": clean, "transfer": transfer, "white_box": worst}, lowest, common.sum_health(healths)
 
 
@@ -351,24 +360,48 @@ def interval(values, seed):
     return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
+def wilson(count, n):
+    """95 % interval of a share, count of n (Wilson 1927): [low, high]; unlike a bootstrap's it is not [0, 0] at 0."""
+    z = 1.959964
+    middle, half = count + z**2 / 2, z * math.sqrt(count * (n - count) / n + z**2 / 4)
+    return [max(0.0, (middle - half) / (n + z**2)), min(1.0, (middle + half) / (n + z**2))]
+
+
+def improvement_interval(lost, lost_0, seed):
+    """95 % bootstrap interval of 1 - mean(lost) / mean(lost_0), both over the same draws of images: [low, high]."""
+    lost, lost_0, rng = np.asarray(lost, float), np.asarray(lost_0, float), np.random.default_rng(seed)
+    draws = [rng.integers(len(lost), size=(100, len(lost))) for _ in range(100)]
+    return np.quantile([1 - lost[d].mean(1) / lost_0[d].mean(1) for d in draws], [0.025, 0.975]).tolist()
+
+
 def summarise(conditions, seed, original=None):
-    """Means, intervals, recalls, attack success rates, margins and drops of one row; improvements over the original."""
+    """Means, intervals, recalls, attack success rates and drops of one row; improvements over the original.
+
+    conditions, original   measure()'s first result, of the row and of the original model
+    """
     summary = {"n": len(conditions["clean"]["similarity"])}
     for name, values in conditions.items():
         summary[f"{name}_similarity"] = float(values["similarity"].mean())
         summary[f"{name}_interval"] = interval(values["similarity"], seed)
-        summary[f"{name}_margin"] = float(values["margin"].mean())
+        aside = "" if name == "clean" else "_not_attacked"  # margins and @5 of images attacked for similarity and @1
+        summary[f"{name}_margin{aside}"] = float(values["margin"].mean())
         for direction in ("i2t", "t2i"):
-            for k in (1, 5):
-                summary[f"{name}_recall_{direction}@{k}"] = float((values[f"rank_{direction}"] < k).mean())
-        summary[f"{name}_recall_i2t@1_interval"] = interval(values["rank_i2t"] < 1, seed)
+            first = values[f"rank_{direction}"] < 1
+            summary[f"{name}_recall_{direction}@1"] = float(first.mean())
+            summary[f"{name}_recall_{direction}@1_interval"] = wilson(int(first.sum()), len(first))
+            summary[f"{name}_recall_{direction}@5{aside}"] = float((values[f"rank_{direction}"] < 5).mean())
         if name != "clean":
-            summary[f"{name}_success_rate"] = float((values["rank_i2t"] > 0).mean())  # own caption no longer first
+            right = conditions["clean"]["rank_i2t"] == 0
+            wrong_now = values["rank_i2t"][right] > 0
+            summary[f"{name}_success_rate"] = float(wrong_now.mean()) if right.any() else None
             clean, adversarial = summary["clean_similarity"], summary[f"{name}_similarity"]
             summary[f"{name}_drop"] = (clean - adversarial) / clean  # above 1 when the similarity turns negative
             if original:
-                baseline = original["clean_similarity"], original[f"{name}_similarity"]
-                summary[f"improvement_{name}"] = improvement(clean, adversarial, *baseline)
+                both = conditions, original
+                lost, lost_0 = (each["clean"]["similarity"] - each[name]["similarity"] for each in both)
+                before = (float(original[kind]["similarity"].mean()) for kind in ("clean", name))
+                summary[f"improvement_{name}"] = improvement(clean, adversarial, *before)
+                summary[f"improvement_{name}_interval"] = improvement_interval(lost, lost_0, seed)
     return summary
 
 
@@ -535,13 +568,14 @@ def console_table(record):
 
 
 NOTES = """\
-In brackets 95 % bootstrap intervals over the images. transfer: attacked once on the original model. white-box: the
-worst for each image of the transferred one and of momentum PGD on the defence itself, under the cosine loss and, where
-the own caption still comes first, under the margin loss; for JPEG through a differentiable codec. improvement: the
-share of the original model's drop that the defence takes away. R@1, R@5: image to text / text to image. success: own
-caption no longer first. training: wall time, offline images included. A model of another input size is attacked in its
-own pixels; the transferred images reach it as files do, through its own preprocessing. R@5 and text to image are
-scored on the same images, not attacked for themselves. Where R@1 is 0, the cosine still falls with further steps."""
+In brackets 95 % intervals over the images, by bootstrap, of shares by Wilson's formula. transfer: attacked once on the
+original model. white-box: the worst for each image of the transferred one and of momentum PGD on the defence itself,
+under the cosine loss and, where the own caption still comes first, under the margin loss; for JPEG through a
+differentiable codec. improvement: the share of the original model's drop that the defence takes away. R@1: image to
+text / text to image, where one attacked image stands among clean ones. success: own caption no longer first, of the
+images whose own caption was first when clean. training: wall time, offline images included. A model of another input
+size is attacked in its own pixels; the transferred images reach it as files do, through its own preprocessing. Where
+R@1 is 0, the cosine still falls with further steps."""
 
 
 def radius_lines(record):
@@ -564,7 +598,7 @@ def markdown_table(record):
     """table.md: with intervals, and the report's figures beside ours where they are comparable."""
     marks, report = marks_of(record), report_of(record)
     header = ["defence", "clean", "transfer", "white-box", "improvement transfer", "improvement white-box"]
-    header += ["R@1 clean", "R@1 white-box", "R@5 white-box", "success", "margin", "n", "training"]
+    header += ["R@1 clean", "R@1 white-box", "success", "n", "training"]
     header += ["report: clean", "report: transfer", "report: improvement"] if report else []
     lines = [header, ["---"] * len(header)]
     for name, row in record["rows"].items():
@@ -572,11 +606,17 @@ def markdown_table(record):
         for kind in ("clean", "transfer", "white_box"):
             low, high = row[f"{kind}_interval"]
             cells.append(f"{row[f'{kind}_similarity']:.4f} [{low:.3f}, {high:.3f}]")
-        cells += [percent(row.get(f"improvement_{kind}")) for kind in ("transfer", "white_box")]
-        for kind, k in (("clean", 1), ("white_box", 1), ("white_box", 5)):
-            cells.append(f"{row[f'{kind}_recall_i2t@{k}']:.0%} / {row[f'{kind}_recall_t2i@{k}']:.0%}")
-        cells += [f"{row['white_box_success_rate']:.0%}", f"{row['white_box_margin']:+.3f}"]
-        cells += [str(row["n"]), duration(row["training_seconds"])]
+        for kind in ("transfer", "white_box"):
+            gain, ends = row.get(f"improvement_{kind}"), row.get(f"improvement_{kind}_interval")
+            cells.append(f"{percent(gain)} [{', '.join(map(percent, ends))}]" if ends else "-")
+        for kind in ("clean", "white_box"):
+            shares = []
+            for direction in ("i2t", "t2i"):
+                low, high = row[f"{kind}_recall_{direction}@1_interval"]
+                shares.append(f"{row[f'{kind}_recall_{direction}@1']:.0%} [{low:.0%}, {high:.0%}]")
+            cells.append(" / ".join(shares))
+        success = row["white_box_success_rate"]
+        cells += ["-" if success is None else f"{success:.0%}", str(row["n"]), duration(row["training_seconds"])]
         if name in report:
             clean, adversarial, gain = report[name]
             cells += [f"{clean:.4f}", f"{adversarial:.4f}", percent(gain)]
@@ -710,7 +750,8 @@ def main(args):
         record[kind] = {name: record[kind][name] for name in specs if name in record[kind]}
     record["rows"] = {}
     for name, spec in specs.items():
-        summary = summarise(record["per_image"][name], args.seed, record["rows"].get("original"))
+        original = record["per_image"]["original"] if name != "original" else None
+        summary = summarise(record["per_image"][name], args.seed, original)
         summary |= {"training_seconds": spec.seconds, "gradients": record["row_gradients"][name], "note": spec.note}
         record["rows"][name] = summary
     record |= {"n": record["rows"]["original"]["n"], "paired": compare_rows(record["per_image"], args.seed)}

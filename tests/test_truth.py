@@ -139,6 +139,38 @@ def test_scores_on_a_hand_made_ranking(setup):
     assert evaluate.score(row, row.pixels[:3], 0)["rank_t2i"].tolist() == [2, 2, 2]  # collapsed
 
 
+def test_an_attacked_image_is_looked_for_among_clean_ones(setup):
+    """Where all images of the gallery are attacked at once, the model looks better than it is."""
+    row = setup.row
+    gallery = evaluate.clean_gallery(row, 0)
+    clean, alone, together = (evaluate.score(row, *given) for given in (
+        (row.pixels, 0, gallery), (row.transfer, 0, gallery), (row.transfer, 0)
+    ))  # fmt: skip
+    assert (clean["rank_t2i"] == evaluate.score(row, row.pixels, 0)["rank_t2i"]).all()
+    assert alone["rank_t2i"].mean() > together["rank_t2i"].mean()
+    for i, similarity in enumerate(alone["similarity"]):
+        others = np.delete(gallery[i].numpy(), i)
+        assert alone["rank_t2i"][i] == (others >= similarity).sum()
+
+
+def test_shares_have_wilsons_interval_and_success_is_of_what_was_right():
+    assert evaluate.wilson(0, 100) == [0, pytest.approx(0.0370, abs=1e-4)]
+    assert evaluate.wilson(50, 100) == pytest.approx([0.4038, 0.5962], abs=1e-4)
+    assert evaluate.wilson(16, 16)[1] == 1
+    ranks = {"clean": [0, 0, 0, 3], "white_box": [0, 2, 1, 4]}
+    flat = {"similarity": np.ones(4), "margin": np.ones(4), "rank_t2i": np.zeros(4, int)}
+    conditions = {name: flat | {"rank_i2t": np.array(values)} for name, values in ranks.items()}
+    assert evaluate.summarise(conditions, 0)["white_box_success_rate"] == 2 / 3
+
+
+def test_the_interval_of_an_improvement_is_paired():
+    lost_0 = np.random.default_rng(0).uniform(0.5, 1.5, 50)
+    low, high = evaluate.improvement_interval(lost_0 / 2, lost_0, 0)
+    assert low == pytest.approx(0.5) == high
+    low, high = evaluate.improvement_interval(lost_0[::-1] / 2, lost_0, 0)
+    assert low < 0.5 < high and high - low > 0.05
+
+
 def test_mmeb_candidates_are_the_rows_own_lists(setup):
     captions, own, allowed = evaluate.load_candidates("mmeb", setup.examples)
     assert len(captions) == 120 and allowed.all()
