@@ -240,12 +240,19 @@ def command_of(script, args, stage, *words, flags=SHARED):
     return words
 
 
+NESTED = []  # the command lines around that of a script which another one runs
+
+
 def run_script(words):
     """Run another script in this process, which saves the seconds of its imports, and print it as a command."""
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    argv, sys.argv = sys.argv, words
-    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    sys.argv = argv
+    command = command_line(*words)
+    print(f"\n$ {command}", flush=True)
+    NESTED.append(sys.argv)
+    sys.argv = shlex.split(command)[1:]
+    try:
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    finally:
+        sys.argv = NESTED.pop()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,6 +340,9 @@ def run_main(main, args):
         if RANK:
             raise SystemExit(130)  # without a word, and at once
         fail("the same command goes on from what is saved", "stopped", 130)
+    except BrokenPipeError:  # of what reads our output, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1)
     except torch.OutOfMemoryError:
         fail(f"--batch_size {args.batch_size} is too large for the GPU's memory; trainings have --grad_checkpointing")
     except OSError as error:
@@ -371,6 +381,7 @@ NOT_IN_RESULT = {"output_dir", "overwrite", "num_workers", "cache_dir", "reprodu
 
 LOCKS = []  # what releases the output folders of this process
 OUR_FILES = ["images", "metadata.jsonl", "log.jsonl", "open_clip_config.json", "open_clip_model.safetensors"]
+OUR_FILES += ["config.json", "model.safetensors", "pytorch_model.bin"]  # of a model that ours would be mixed up with
 OUR_FILES += ["table.md", "examples.png", "histogram.png", "table.png", "eps_curves.png", "radii.png"]
 
 
@@ -405,11 +416,10 @@ class Run:
         except SystemExit:
             self.release()
             raise
-        self.previous, begun = gather(found)[0]  # what rank 0 has found there
+        self.previous, self.begun = gather(found)[0]  # what rank 0 has found there
         self.changed = changed_code(self.previous, code) if self.previous else ""
-        if begun:
-            self.record |= {"started": begun["started"], "seconds": begun["seconds"]}
-            print(f"{self.dir} holds an unfinished run: resuming ({begun['seconds']:.0f} s were done before)")
+        if self.begun:
+            self.record |= {"started": self.begun["started"], "seconds": self.begun["seconds"]}
 
     def take_folder(self, args):
         """Lock the folder until this process ends; return the records of this run in it, complete and unfinished."""
@@ -430,9 +440,10 @@ class Run:
         except OSError:
             pass  # a file system without locks
         previous = None if self.record["args"]["overwrite"] else self.read(self.done)
-        begun = self.read(self.partial / "run.json") if previous is None or self.extends else None
-        if self.done.exists() and previous is None:
-            begun = None  # of a complete run, which was killed before it could clean up
+        if self.done.exists() and previous is None:  # a complete run is replaced
+            begun = None
+        else:
+            begun = self.read(self.partial / "run.json", beside=previous)
         if not begun:
             shutil.rmtree(self.partial, ignore_errors=True)
         return previous, begun
@@ -449,17 +460,22 @@ class Run:
             if found:
                 fail(f"--output_dir {self.dir} holds {found[0]}, and no run of ours has written it: choose another")
 
-    def read(self, file):
-        """Return the record of this run that an earlier process wrote, or None; another run's ends the script."""
+    def read(self, file, beside=None):
+        """Return the record of this run that an earlier process wrote, or None; another run's ends the script.
+
+        beside   the complete run in the folder that an unfinished one extends: what is another one's is dropped
+        """
         if not file.exists():
             return None
         complete, old, new = file == self.done, load_record(file), self.record
+        if beside and old["started"] == beside["started"]:
+            return None  # of the complete run, which was killed before it could clean up
 
         def flags_of(record):
             flags = {key: value for key, value in record["args"].items() if key not in NOT_IN_RESULT | self.extends}
             if "lr" not in flags:
                 flags.pop("batch_size", None)  # of an attack: no image depends on those beside it
-            return flags | ({} if complete else {"processes": record["processes"]})
+            return flags
 
         def differences(was, now):
             return [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
@@ -468,14 +484,17 @@ class Run:
         changes = [f"--{key} {flag_text(key, was.get(key))}, not {flag_text(key, now.get(key))}"
                    for key in sorted(differences(was, now))]  # fmt: skip
         changes += [other_input(key) for key in sorted(differences(old["inputs"], new["inputs"]))]
-        if code := not complete and changed_code(old, new["code"]):
+        if not complete and old["processes"] != new["processes"]:
+            changes.append(f"{old['processes']} processes, not {new['processes']}")
+        if code := ("code" not in old or not complete) and changed_code(old, new["code"]):
             changes.append(f"other code ({code})")
         if not changes:
             return old
-        if not new["args"]["overwrite"]:
+        if beside:
+            print(f"{self.dir}: what was begun with {'; '.join(changes)} is dropped, and what is complete is kept")
+        elif not new["args"]["overwrite"]:
             what = "was made" if complete else "holds an unfinished run"
-            remedy = "To replace it, add --overwrite; to keep it, choose another --output_dir"
-            fail(f"{self.dir} {what} with {'; '.join(changes)}. {remedy}")
+            fail(f"{self.dir} {what} {made_with(old, changes)}. {ways_on()}")
         return None
 
     def report_complete(self):
@@ -483,14 +502,14 @@ class Run:
         print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite makes it again)")
         if note := code_note(self.dir):
             print(f"note: {note}")
-        if not RANK:
-            shutil.rmtree(self.partial, ignore_errors=True)  # of a process killed before it could
 
     def require_space(self, num_bytes):
         """End unless the folder has room for so many bytes, what it holds already included.
 
         What is not extended is replaced from here on: until finish() the folder is incomplete.
         """
+        if self.begun:
+            print(f"{self.dir} holds an unfinished run: resuming ({self.begun['seconds']:.0f} s were done before)")
         if not RANK:
             num_bytes -= sum(file.stat().st_size for file in self.dir.rglob("*") if file.is_file())
             free = shutil.disk_usage(self.dir).free
@@ -547,6 +566,22 @@ def release_folder(folder, made):
             path.rmdir()
 
 
+def made_with(record, changes):
+    """Say what a run was made with that is not so now."""
+    return f"with {'; '.join(changes)}" if "code" in record else "by an earlier version of these scripts"
+
+
+def ways_on():
+    """Say what to type where a folder holds another run."""
+    replace = f": {command_line(*sys.argv, '--overwrite')}" if NESTED else ", add --overwrite"
+    return f"To replace it{replace}; to keep it, choose another --output_dir"
+
+
+def command_line(script, *words):
+    """Write the command that runs a script of ours from this folder."""
+    return shlex.join(["python", os.path.relpath(ROOT / Path(script).name), *map(str, words)])
+
+
 def flag_text(key, value):
     """Write the value of a flag as a user would type it."""
     return radius_text(value) if key in ("eps", "alpha") and isinstance(value, float) else value
@@ -576,7 +611,7 @@ def load_record(file):
     """A metrics.json, or the start of one in .partial, as a dict."""
     with about(f"{file} is damaged: delete it, or make its folder again with --overwrite"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        if missing := {"args", "inputs", "processes", "started", "seconds"} - record.keys():
+        if missing := {"argv", "args", "inputs", "processes", "started", "seconds"} - record.keys():
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         return record
 
@@ -594,8 +629,9 @@ def git_commit():
 
 
 # definitions that change no number: they speak, keep books, or give flags, which identify a run themselves
-NOT_IN_CODE = {"PRESETS", "Run", "about", "adversarial_folder", "code_checksums", "describe", "duration", "fail"}
-NOT_IN_CODE |= {"LAUNCHER", "PROCESSES", "RANK", "LOCKS", "MEETING_SECONDS", "OUR_FILES", "progress", "run_script"}
+NOT_IN_CODE = {"LAUNCHER", "LOCKS", "MEETING_SECONDS", "NESTED", "OUR_FILES", "PRESETS", "PROCESSES", "RANK", "Run"}
+NOT_IN_CODE |= {"about", "adversarial_folder", "code_checksums", "describe", "duration", "fail", "make_again"}
+NOT_IN_CODE |= {"progress", "run_script"}
 
 
 def code_checksums(script, *names):
@@ -609,7 +645,7 @@ def code_checksums(script, *names):
     while queue:
         file, name = queue.pop()
         if file not in modules:
-            modules[file] = parse_module(file.read_text(encoding="utf-8"), file.parent)
+            modules[file] = parse_module(file.read_text(encoding="utf-8"), Path(script).parent)
         definitions, imports = modules[file]
         if name in imports:  # from a module of ours
             queue.append(imports[name])
@@ -636,7 +672,10 @@ def parse_module(text, folder):
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    for node in tree.body:
+    body = list(tree.body)
+    for node in body:
+        if isinstance(node, (ast.If, ast.Try)):  # what stands below is top level, too
+            body += [inner for inner in ast.iter_child_nodes(node) if isinstance(inner, ast.stmt)]
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             definitions[node.name].append(node)
         elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
@@ -644,12 +683,13 @@ def parse_module(text, folder):
             for name in (inner for target in targets for inner in ast.walk(target)):
                 if isinstance(name, ast.Name):
                     definitions[name.id].append(node)
-        elif isinstance(node, ast.Import):
-            ours = (alias for alias in node.names if (folder / f"{alias.name}.py").is_file())
-            imports |= {alias.asname or alias.name: (folder / f"{alias.name}.py", "") for alias in ours}
-        elif isinstance(node, ast.ImportFrom) and (folder / f"{node.module}.py").is_file():
-            file = folder / f"{node.module}.py"
-            imports |= {alias.asname or alias.name: (file, alias.name) for alias in node.names}
+    for node in ast.walk(tree):
+        for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+            whole = isinstance(node, ast.Import)
+            module = alias.name if whole else node.module or ""
+            file = folder / f"{module.replace('.', '/')}.py"
+            if file.is_file():
+                imports[alias.asname or alias.name] = (file, "" if whole else alias.name)
     return definitions, imports
 
 
@@ -664,15 +704,20 @@ def changed_code(record, code):
     )
 
 
+def make_again(folder):
+    """Say what to type to make the folder of a complete run again."""
+    file = folder / "metrics.json"
+    words = load_record(file)["argv"] if file.is_file() else ["generate_pgd_adversarial.py"]
+    words = [word for word in words if word != "--overwrite"]
+    return f"To make it again: {command_line(*words, '--overwrite')}"
+
+
 def code_note(folder):
     """Return one line if a complete run, or the adversarial images it was trained on, are of other code; else None."""
     record = load_record(folder / "metrics.json")
-    script, *words = record["argv"]
-    script = ROOT / Path(script).name
-    again = [word for word in words if word != "--overwrite"]
+    script = ROOT / Path(record["argv"][0]).name
     if script.is_file() and (changed := changed_code(record, code_checksums(script))):
-        command = shlex.join(["python", script.name, *again, "--overwrite"])
-        return f"{folder} was made by other code ({changed}) and is used as it is. To make it again: {command}"
+        return f"{folder} was made by other code ({changed}) and is used as it is. {make_again(folder)}"
     images = record.get("adversarial_dir")
     return code_note(Path(images)) if images and (Path(images) / "metrics.json").is_file() else None
 
@@ -1052,7 +1097,7 @@ def save_model(folder, clip, train_ids):
     config = folder / "open_clip_config.json"
     config.unlink(missing_ok=True)
     weights = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in clip.model.state_dict().items()}
-    metadata = {"format": "pt", "train_ids": json.dumps(sorted(train_ids))}
+    metadata = {"train_ids": json.dumps(sorted(train_ids))}  # of several keys the order in the file is random
     save(folder / "open_clip_model.safetensors", (weights, metadata))
     if hasattr(clip.tokenizer, "save_pretrained"):  # one of Hugging Face, which open_clip looks for in the folder
         clip.tokenizer.save_pretrained(folder)
@@ -1704,18 +1749,19 @@ def to_pixels(images, pixels, eps):
     return (pixels + delta).clamp(0, 255).byte().cpu()
 
 
-def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="attack", first=0, part_key=""):
+def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="attack", first=0, keys=""):
     """Attack every image, a batch at a time; under torchrun this process's share: rank 0 has the first images.
 
     loss_at   slice of the images -> loss_fn of them for pgd(), such as own_caption()
     pixels    uint8 (N, 3, H, W), or a column of examples
     start     likewise: where to begin, if not at the images; a seed of the attack adds noise
-    run       stores each batch under (what, part_key, attack, its pixels): one that a killed run has stored is not
+    run       stores each batch under (what, attack, its pixels and keys): one that a killed run has stored is not
               attacked again
+    keys      what else a result depends on: a list, one text an image, or one text for all
     first     index of the first image to attack
     yields    (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, {what must be looked at before it is believed: count})
     """
-    size = min(clip.batch_size, math.ceil((len(pixels) - first) / PROCESSES))  # so that all have work
+    size = max(1, min(clip.batch_size, math.ceil((len(pixels) - first) / PROCESSES)))  # so that all have work
     starts = np.array_split(np.arange(first, len(pixels), size), PROCESSES)[RANK].tolist()
     total = min(len(starts) * size, len(pixels) - first) * (attack.steps + 1)
     with progress(what=what, total=total, unit="step") as bar:
@@ -1727,7 +1773,8 @@ def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="att
         for at in starts:
             here = slice(at, min(at + size, len(pixels)))
             clean, first = (np.asarray(x[here]) for x in (pixels, pixels if start is None else start))
-            key = [what, part_key, asdict(attack), at, hashlib.sha256(clean.tobytes() + first.tobytes()).hexdigest()]
+            own_keys = keys if isinstance(keys, str) else keys[here]
+            key = [what, own_keys, asdict(attack), at, hashlib.sha256(clean.tobytes() + first.tobytes()).hexdigest()]
             done = run and run.load_part(key)
             if not done:
                 images, begin = as_images(clean, clip.device), as_images(first, clip.device)
@@ -1768,10 +1815,11 @@ def adversarial_folder(args, split):
     """Return --adversarial_dir, or its default, which generate_pgd_adversarial.py makes or extends where it must."""
     folder = Path(args.adversarial_dir or stage_folder(args, f"adversarial_{split}"))
     words = ["--split", split, "--num_images", args.num_images]
-    command = command_of("generate_pgd_adversarial.py", args, f"adversarial_{split}", *words)
+    flags = SHARED if hasattr(args, "lr") else f"{SHARED} batch_size"  # a training's batches are its own
+    command = command_of("generate_pgd_adversarial.py", args, f"adversarial_{split}", *words, flags=flags)
     record = load_record(folder / "metrics.json") if (folder / "metrics.json").exists() else None
     if record:
-        require_same(folder, args, "model", "pretrained", "eps", "alpha", "steps", command=command)
+        require_same(folder, args, "model", "pretrained", "eps", "alpha", "steps", "seed", command=command)
     if record and record["args"]["num_images"] >= args.num_images:
         return folder
     if args.adversarial_dir:
@@ -1795,24 +1843,26 @@ def require_same(folder, args, *flags, command):
         if was != now:
             changes.append(f"--{flag} {flag_text(flag, was)}, not {flag_text(flag, now)}")
     if changes:
-        remedy = f"To make it again: {shlex.join(['python', *command, '--overwrite'])}"
-        if getattr(args, "adversarial_dir", None) == str(folder):
+        remedy = f"To make it again: {command_line(*command, '--overwrite')}"
+        if Path(getattr(args, "adversarial_dir", None) or "") == folder:
             remedy = "Leave --adversarial_dir out to have the right images made"
-        fail(f"{folder} was made with {'; '.join(changes)}. {remedy}")
+        fail(f"{folder} was made {made_with(record, changes)}. {remedy}")
     return record
 
 
 def read_entries(folder):
     """Read the metadata.jsonl of a folder of adversarial images: a list of dictionaries, in the images' order."""
     file = folder / "metadata.jsonl"
-    with about(f"{file}: make it again with generate_pgd_adversarial.py --overwrite"):
+    with about(f"{file} is damaged. {make_again(folder)}"):
         entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return [{**entry, "sha256": str(entry["sha256"])} for entry in entries]
 
 
-def adversarial_checksum(folder, count):
-    """Return {what: checksum} of the first count adversarial images of a folder, for the identity of a run."""
-    return {"adversarial images": digest([entry["sha256"] for entry in read_entries(folder)[:count]])}
+def adversarial_checksum(folder, rows):
+    """Return {what: checksum} of a folder's adversarial images of these rows, for the identity of a run."""
+    wanted = {*rows["checksum"]}
+    found = [entry["sha256"] for entry in read_entries(folder) if entry.get("source") in wanted]
+    return {"adversarial images": digest(found)}
 
 
 def load_adversarial(folder, examples, args):
@@ -1820,12 +1870,12 @@ def load_adversarial(folder, examples, args):
 
     Refused are twins of another attack or caption, missing, altered, of another size, or outside the ball.
     """
-    remedy, twins = "make it again with generate_pgd_adversarial.py --overwrite", []
-    with about(f"{folder / 'metadata.jsonl'}: {remedy}"):
+    remedy, twins = make_again(folder), []
+    with about(f"{folder / 'metadata.jsonl'} is damaged. {remedy}"):
         checksums = {(entry.get("source"), entry["caption"]): entry["sha256"] for entry in read_entries(folder)}
     for row in progress(examples, "read", unit="image"):
         file = folder / image_file(row["name"])  # what the metadata names is not opened
-        with about(f"{file}: {remedy}"):
+        with about(f"{file} is not used. {remedy}"):
             data, clean = file.read_bytes(), row["pixels"]
             if hashlib.sha256(data).hexdigest() != checksums.get((row["checksum"], row["caption"])):
                 raise ValueError("it was altered after it was made, or made for another caption")

@@ -41,7 +41,7 @@ def main(args):
         common.fail("--adversarial_dir is of offline training: leave it or --online_steps out")
     rows = common.load_training_rows(args)
     folder = None if args.online_steps else common.adversarial_folder(args, "train")
-    inputs = common.adversarial_checksum(folder, args.num_images) if folder else {}
+    inputs = common.adversarial_checksum(folder, rows.select(range(args.num_images))) if folder else {}
     run = common.Run(args, common.code_checksums(__file__), rows, inputs)
     if run.previous:
         run.report_complete()
@@ -88,8 +88,11 @@ def main(args):
         grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
         optimizer.step()
         trainer.end_step(loss=loss, clean_loss=clean_loss, twin_loss=adv_loss, grad_norm=grad_norm)
-    made = common.load_record(folder / "metrics.json")["seconds"] if folder else 0
-    trainer.finish(made, adversarial_dir=folder and str(folder))
+    generation_seconds = 0
+    if folder:
+        record = common.load_record(folder / "metrics.json")
+        generation_seconds = record["seconds"] * args.num_images / record["args"]["num_images"]
+    trainer.finish(generation_seconds, adversarial_dir=folder and str(folder))
 
 
 if __name__ == "__main__":

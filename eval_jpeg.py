@@ -119,7 +119,7 @@ def through(codec, qualities, encode_image, seed=0, among=None):
 def main(args):
     rows = common.load_rows(args, "eval")
     folder = common.adversarial_folder(args, "eval")
-    inputs = common.adversarial_checksum(folder, args.num_images)
+    inputs = common.adversarial_checksum(folder, rows)
     run = common.Run(args, common.code_checksums(__file__), rows, inputs)
     if run.previous:
         run.report_complete()

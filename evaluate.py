@@ -68,6 +68,8 @@ def checkpoint(text):
     """argparse type: NAME=PATH_OR_MODEL."""
     name, _, source = text.partition("=")
     source = common.expand_home(source)
+    if "+" in name:
+        raise argparse.ArgumentTypeError(f"{name!r} has a +, which joins the steps of --defence: choose another name")
     if not name or not (source.startswith(("local-dir:", "hf-hub:")) or Path(source).is_file()):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=a file, NAME=local-dir:DIR or NAME=hf-hub:ORG/NAME")
     return name, source
@@ -151,7 +153,10 @@ def list_rows(args):
             continue
         script, *words = STAGES[stage]
         command = common.command_of(script, args, stage, *words)
-        record = common.require_same(folder, args, "model", "pretrained", "eps", command=command)
+        record = common.require_same(folder, args, "model", "pretrained", "eps", "seed", command=command)
+        if not (folder / "open_clip_config.json").is_file():
+            again = common.command_line(*command, "--overwrite")
+            fail(f"{folder} has no open_clip_config.json, and is no model of today. To make it again: {again}")
         specs[name] = Spec(f"local-dir:{folder}", (), record["training_seconds"], common.code_note(folder))
     taken = {"original", *TRAINED, *TRAINED.values(), *(f"JPEG {q}" for q in args.qualities)}
     for name, source in args.checkpoint:
@@ -163,6 +168,8 @@ def list_rows(args):
     defences = {f"JPEG {q}": f"original+jpeg{q}" for q in args.qualities} | {spec: spec for spec in args.defence}
     for name, text in defences.items():
         model, *steps = text.split("+")
+        if name in taken and name in args.defence:
+            fail(f"--defence {text}: there is a row of that name already; choose another")
         with common.about(f"--defence {text}: write MODEL+jpegQ, MODEL one of {', '.join(specs)}"):
             steps = tuple(jpeg_quality(re.fullmatch("jpeg(.+)", step)[1]) for step in steps)
             behind = specs[short.get(model, model)]
@@ -290,7 +297,7 @@ def attack_row(attack, row, run=None):
 
     start = row.transfer if attack.seed is None else None
     what = f"{row.name}, {attack.loss}" + ", bf16" * clip.bf16
-    return attack_all(attack, loss_at, row.pixels, clip, start, run, what, part_key=row.key)
+    return attack_all(attack, loss_at, row.pixels, clip, start, run, what, keys=row.key)
 
 
 def attack_both(attack, row, seed, run=None):
@@ -564,7 +571,10 @@ def console_table(record):
         (_, *header), *rows = radius_lines(record)
         lines += ["", f"{'R@1, cosine at':20}" + "".join(f"{cell:>12}" for cell in header)]
         lines += [f"{name[:20]:20}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in rows]
-    return "\n".join([*lines, "", *(line for note in notes_on(record, marks) for line in textwrap.wrap(note, 80))])
+    lines.append("")
+    for note in notes_on(record, marks):
+        lines += [note] if " python " in note else textwrap.wrap(note, 80)  # a command is to be pasted as it stands
+    return "\n".join(lines)
 
 
 NOTES = """\
@@ -728,7 +738,7 @@ def main(args):
     specs = list_rows(args)
     code = common.code_checksums(__file__, "Row", "measure", "load_row", "load_candidates", "row_attack")
     run = common.Run(args, code, rows, extends=ROW_FLAGS)
-    images = [rows["checksum"][:], common.adversarial_checksum(folder, len(rows)), args.skip_bad_images]
+    images = [rows["checksum"][:], common.adversarial_checksum(folder, rows), args.skip_bad_images]
     images += [rows["texts"][:]] if args.candidates == "mmeb" else []
     code = {"code": code, "sanity": common.code_checksums(__file__, "sanity")}
     keys = {name: row_key(args, spec, images, code) for name, spec in specs.items()}
@@ -738,7 +748,8 @@ def main(args):
     take_measured(run, record, keys)
     asked = ["per_image", *(kind for kind in OPTIONAL if getattr(args, kind))]
     missing = [name for name in keys if any(name not in record[kind] for kind in asked)]
-    if run.previous and not missing and is_shown(record, run.previous, specs):
+    written = (run.dir / "table.md").exists()
+    if run.previous and not missing and written and is_shown(record, run.previous, specs):
         run.report_complete()
         print(console_table(run.previous))
         return
@@ -777,6 +788,9 @@ def take_measured(run, record, keys):
             why = ", ".join(f"code ({run.changed})" if part == "code" and run.changed else part for part in changed)
             print(f"{name} is measured again: other {why}")
             continue
+        for kind in changed:
+            if name in earlier[kind]:
+                print(f"{name}: its figures of --{kind} are of other code or flags and are dropped")
         for kind in MEASURED:
             if name in earlier[kind] and kind not in changed:
                 target[kind][name] = earlier[kind][name]
@@ -788,9 +802,9 @@ def take_measured(run, record, keys):
 
 def is_shown(record, previous, specs):
     """Return whether the folder's earlier table shows these rows, with these notes, by the code of now."""
-    shown = {name: row["note"] for name, row in previous["rows"].items()}
+    shown = [(name, row["note"], row["training_seconds"]) for name, row in previous["rows"].items()]
     same = all(record[key] == previous[key] for key in ("transfer_note", "shown_by"))
-    return same and list(shown.items()) == [(name, spec.note) for name, spec in specs.items()]
+    return same and shown == [(name, spec.note, spec.seconds) for name, spec in specs.items()]
 
 
 def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
@@ -822,7 +836,8 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
     record["coco_ids"] = common.known_ids(examples)
     for name in missing:
         spec, attack = specs[name], row_attack(args, specs[name])
-        row = replace(loaded[spec.source], name=name, qualities=spec.qualities, key=common.digest(keys[name]))
+        key = common.digest({part: value for part, value in keys[name].items() if part not in OPTIONAL})
+        row = replace(loaded[spec.source], name=name, qualities=spec.qualities, key=key)
         if name in unmeasured:
             conditions, lowest, record["health"][name] = measure(row, attack, args.restarts, args.seed, run)
             record["per_image"][name], record["row_gradients"][name] = conditions, "bf16" if row.clip.bf16 else "fp32"

@@ -47,6 +47,8 @@ def main(args):
         return
     clip = common.load_clip(args)
     examples = common.load_examples(args, args.split, rows, clip.geometry)
+    if [entry["source"] for entry in done] != examples["checksum"][: len(done)]:
+        common.fail(f"{run.dir} was made with other images or captions. {common.ways_on()}")
     pixels, captions, ids = examples["pixels"], examples["caption"][:], examples["coco_id"][:]
     common.announce(clip, pixels, captions, (len(pixels) - len(done)) * args.steps)
     run.require_space(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run stores
@@ -56,8 +58,9 @@ def main(args):
     attack, text_features = common.Attack(args.eps, args.alpha, args.steps, args.seed), clip.encode_text(captions)
     loss_at = common.own_caption(clip.frozen(), text_features)
     entries, healths = [], []
+    options = {"run": run, "first": len(done), "keys": examples["checksum"][:]}
     with ThreadPoolExecutor(args.num_workers) as pool:
-        for here, pixels_adv, health in common.attack_images(attack, loss_at, pixels, clip, run=run, first=len(done)):
+        for here, pixels_adv, health in common.attack_images(attack, loss_at, pixels, clip, **options):
             paths = [run.dir / file for file in files[here]]
             saved, checksums = zip(*pool.map(write_png, paths, pixels_adv.numpy()))
             both = pixels[here], np.stack(saved)
@@ -77,6 +80,7 @@ def main(args):
     run.finish(
         clip,
         n=len(entries),
+        row_checksums=rows["checksum"][:],
         clean_similarity=clean.mean(),
         adversarial_similarity=adversarial.mean(),
         share_lowered=(adversarial < clean).mean(),
@@ -96,16 +100,14 @@ def earlier_entries(run, rows, args):
     """
     if not run.previous:
         return []
-    entries = common.read_entries(run.dir)
-    made, count = [entry.get("source") for entry in entries], run.previous["args"]["num_images"]
-    wanted = [checksum for checksum in rows["checksum"][:count] if checksum in {*made} or not args.skip_bad_images]
-    changes = "other images or captions" if made[: len(wanted)] != wanted else ""
-    if count < args.num_images and run.changed:
+    was, now = run.previous["row_checksums"], rows["checksum"][:]
+    both = min(len(was), len(now))
+    changes = "other images or captions" if was[:both] != now[:both] else ""
+    if len(was) < len(now) and run.changed:
         changes = f"other code ({run.changed})"  # its images and the further ones would not be of one kind
     if changes:
-        remedy = "To replace it, add --overwrite; to keep it, choose another --output_dir"
-        common.fail(f"{run.dir} was made with {changes}. {remedy}")
-    return entries
+        common.fail(f"{run.dir} was made with {changes}. {common.ways_on()}")
+    return common.read_entries(run.dir)[: run.previous["n"]]  # a killed extension may have written more
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_an_unfinished_run_is_that_of_its_processes_and_what_it_kept_is_room(tmp
     monkeypatch.setattr(common, "PROCESSES", 2)
     monkeypatch.setattr(common, "gather", lambda value=None: [value])
     line = refusal(capsys, common.Run, args, {})
-    assert "unfinished run with --processes 1, not 2. To replace it, add --overwrite" in line
+    assert "unfinished run with 1 processes, not 2. To replace it, add --overwrite" in line
 
 
 def test_the_work_is_said_before_it_starts(tmp_path, capsys):

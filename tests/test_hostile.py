@@ -44,7 +44,7 @@ CARD = "---\nconfigs:\n- config_name: MSCOCO_i2t\n  data_files:\n  - split: {}\n
 MADE, OWN, BEGUN = "adversarial_eval/metrics.json", "out/metrics.json", "out/.partial/run.json"
 TRAINED, WEIGHTS = "mat/metrics.json", "mat/open_clip_pytorch_model.bin"  # beside evaluate.py's own folder
 LIST, PNG = "adversarial_eval/metadata.jsonl", "images/000000"
-RECORD = {"args": {}, "inputs": {}, "processes": 1, "started": "once", "seconds": 1}
+RECORD = {"argv": ["x.py"], "args": {}, "inputs": {}, "processes": 1, "started": "once", "seconds": 1}
 
 
 def command(shared, script, out, *words):
@@ -204,7 +204,7 @@ BAD = {  # values that argparse itself must turn down
     (GENERATE, "--split"): ["test"],
     (GENERATE, "--step"): ["3"],  # no abbreviations
     (JPEG, "--qualities"): ["0", "96", "best"],
-    (EVALUATE, "--checkpoint"): ["x", "=x", "x=", "x=no/such/file", "x=.", "x=no\nsuch"],
+    (EVALUATE, "--checkpoint"): ["a+b=hf-hub:a/b", "x", "=x", "x=", "x=no/such/file", "x=.", "x=no\nsuch"],
     (EVALUATE, "--candidates"): ["all"],
     (MAT, "--lr"): ["nan", "-1", "0", "inf"],
     (MAT, "--epochs"): ["0", 10**15],
@@ -584,8 +584,8 @@ CASES += [
     jpeg_refuses("twin of another", lambda p: shutil.copy(*sorted(p.adversarial.glob("*/*"))[:2]), PNG, "altered"),
     jpeg_refuses("twin of one pixel", one_pixel, PNG),
     jpeg_refuses("twin outside the ball", twin(lambda _: picture(kind="PNG", size=(64, 64))), PNG, "ball"),
-    jpeg_refuses("made with another eps", replaced(MADE, r'"eps": [\d.]+', '"eps": 0.1'), "--eps 25.5/255, not 8/255"),
-    jpeg_refuses("made with another alpha", replaced(MADE, r'"alpha": [\d.]+', '"alpha": 0.1'), "--alpha 25.5/255"),
+    jpeg_refuses("made with another eps", replaced(MADE, r'"eps": [\d.]+', '"eps": 0.1'), "--eps 0.1, not 8/255"),
+    jpeg_refuses("made with another alpha", replaced(MADE, r'"alpha": [\d.]+', '"alpha": 0.1'), "--alpha 0.1"),
     jpeg_refuses("made with other weights", replaced(MADE, r'"[0-9a-f]{64}"', '"0"'), "another version of"),
     jpeg_refuses("made of another model", replaced(MADE, '"model": "', '"model": "x'), "--model xlocal-dir"),
     copes("part cut", left("out/.partial/*.pt", halve), same_figures),
@@ -593,9 +593,9 @@ CASES += [
     copes("part with code", left("out/.partial/*.pt", partial(code_in, up=3)), same_figures),
     copes("state of a training cut", left("out/.partial/*.pt", halve, MAT, KEPT), script=MAT),
     copes("cache of images cut", left("cache/*.arrow", halve), same_figures),
-    evaluate_refuses("training without weights", trained(), "mat has no weights"),
+    evaluate_refuses("training without weights", trained(), "no open_clip_config.json", f"{MAT}.py"),
     evaluate_refuses("training with code", trained(partial(code_in, up=2)), WEIGHTS, "code"),
-    evaluate_refuses("training of another eps", trained(content(b""), eps=0.1), "--eps 25.5/255", f"{MAT}.py"),
+    evaluate_refuses("training of another eps", trained(content(b""), eps=0.1), "--eps 0.1, not 8/255", f"{MAT}.py"),
     refuses("online and offline", flag("--online_steps", 1), "--adversarial_dir", script=PGD),
 ]
 

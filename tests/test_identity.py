@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, TINY, jsonl, metrics, refusal, shell
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_pictures import own_pictures
 
 import common
 import defend_clip_mat_v2 as mat
@@ -161,6 +162,78 @@ def test_a_folder_is_not_extended_by_other_code_or_other_images(tmp_path, monkey
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(first)
     _, line = generated(tmp_path, "out", 5, "--eval_data", data, code=2)
     assert "other images or captions" in line and images_of(tmp_path / "out") == before
+
+
+def test_a_killed_extension_goes_on_and_is_not_taken_for_complete(tmp_path):
+    generated(tmp_path, "whole", 9)
+    generated(tmp_path, "out", 4)
+    listed = tmp_path / "out" / "metadata.jsonl"
+    listed.write_text((tmp_path / "whole" / "metadata.jsonl").read_text())  # and killed before metrics.json
+    generated(tmp_path, "out", 9)
+    assert images_of(tmp_path / "out") == images_of(tmp_path / "whole")
+    assert listed.read_text() == (tmp_path / "whole" / "metadata.jsonl").read_text()
+
+
+def test_an_interrupted_run_does_not_go_on_with_images_attacked_for_other_captions(tmp_path, monkeypatch):
+    source, pgd, calls = own_pictures(tmp_path / "mine", 6), common.pgd, []
+
+    def interrupted(*args):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return pgd(*args)
+
+    words = ["--eval_data", source, "--batch_size", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "pgd", interrupted)
+        generated(tmp_path, "out", 6, *words, code=130)
+    listed = source / "metadata.csv"
+    listed.write_text(listed.read_text().replace("number 1.", "another one."))
+    assert "resuming" in generated(tmp_path, "out", 6, *words)[0]
+    generated(tmp_path, "fresh", 6, *words)
+    assert images_of(tmp_path / "out") == images_of(tmp_path / "fresh")
+
+
+def test_an_image_that_is_no_longer_broken_is_another_data_set_and_further_images_are_no_other_inputs(tmp_path):
+    source = own_pictures(tmp_path / "mine", 6)
+    whole = (source / "picture 2.png").read_bytes()
+    (source / "picture 2.png").write_bytes(b"no image")
+    words = ["--eval_data", source, "--skip_bad_images"]
+    generated(tmp_path, "out", 4, *words)
+    args = generate.parse_args([str(word) for word in [*SMALL, "--split", "eval", "--num_images", 4, *words]])
+    before = common.adversarial_checksum(tmp_path / "out", common.load_rows(args, "eval"))
+    generated(tmp_path, "out", 6, *words)
+    assert metrics(tmp_path / "out")["n"] == 5
+    assert common.adversarial_checksum(tmp_path / "out", common.load_rows(args, "eval", 4)) == before
+    (source / "picture 2.png").write_bytes(whole)
+    for count in (4, 6):
+        assert "other images or captions" in generated(tmp_path, "out", count, *words, code=2)[1]
+
+
+def test_what_is_complete_outlives_an_unfinished_extension_of_other_code_and_the_other_way_round(tmp_path, capsys):
+    one, other, code = flags(tmp_path), flags(tmp_path, "--num_images", "5"), {"common.pgd": "1"}
+
+    def run(args, code=code):
+        return common.Run(args, code, extends=["num_images"])
+
+    complete = run(one)
+    complete.require_space(0)
+    complete.finish(common.load_clip(one))
+    complete.release()
+    extension = run(other)
+    extension.require_space(0)
+    extension.save_part("a", 1)
+    extension.release()
+    look = run(one)  # at what is complete
+    assert look.previous
+    look.report_complete()
+    look.release()
+    again = run(other)
+    assert again.previous and again.load_part("a") == 1
+    again.release()
+    edited = run(other, {"common.pgd": "2"})
+    assert edited.previous and edited.load_part("a") is None
+    assert "what was begun with other code (common.pgd has changed) is dropped" in capsys.readouterr().out
 
 
 # Rows of a table
