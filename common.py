@@ -234,7 +234,7 @@ def command_of(script, args, stage, *words, flags=SHARED):
     words = [script, *(["--preset", args.preset] if args.preset != "report" else []), *map(str, words)]
     for name in [*flags.split(), "output_dir"]:
         value = given[name]
-        if value != getattr(default, name) and value is not None:
+        if value != getattr(default, name) and value not in (None, ""):  # --pretrained is "" behind local-dir:
             values = value if isinstance(value, list) else [flag_text(name, value)]
             words += [f"--{name}", *([] if value is True else map(str, values))]
     return words
@@ -379,6 +379,7 @@ def progress(iterable=None, what="", total=None, unit="batch"):
 NOT_IN_RESULT = {"output_dir", "overwrite", "num_workers", "cache_dir", "reproduce", "save_every", "grad_checkpointing"}
 
 
+RECORD_KEYS = {"argv", "args", "inputs", "processes", "started", "seconds"}  # of every metrics.json of ours
 LOCKS = []  # what releases the output folders of this process
 OUR_FILES = ["images", "metadata.jsonl", "log.jsonl", "open_clip_config.json", "open_clip_model.safetensors"]
 OUR_FILES += ["config.json", "model.safetensors", "pytorch_model.bin"]  # of a model that ours would be mixed up with
@@ -455,10 +456,14 @@ class Run:
         for folder in ((folder or "").removeprefix("local-dir:") for folder in inputs):
             if os.path.isdir(folder) and self.dir.exists() and os.path.samefile(folder, self.dir):
                 fail(f"--output_dir {self.dir} is an input, too, and would be overwritten: choose another")
+        found = []
         if not self.partial.exists() and not self.done.exists():
-            found = [name for name in OUR_FILES if (self.dir / name).exists()]
-            if found:
-                fail(f"--output_dir {self.dir} holds {found[0]}, and no run of ours has written it: choose another")
+            found = [self.dir / name for name in OUR_FILES if (self.dir / name).exists()]
+        with suppress(OSError, ValueError, RecursionError):  # a damaged one may be ours
+            record = json.loads(self.done.read_text(encoding="utf-8"))
+            found += [] if isinstance(record, dict) and record.keys() >= RECORD_KEYS else [self.done]
+        if found:
+            fail(f"no run of ours has written {found[0]}, which would be lost: choose another --output_dir")
 
     def read(self, file, beside=None):
         """Return the record of this run that an earlier process wrote, or None; another run's ends the script.
@@ -611,7 +616,7 @@ def load_record(file):
     """A metrics.json, or the start of one in .partial, as a dict."""
     with about(f"{file} is damaged: delete it, or make its folder again with --overwrite"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        if missing := {"argv", "args", "inputs", "processes", "started", "seconds"} - record.keys():
+        if missing := RECORD_KEYS - record.keys():
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         return record
 

@@ -280,11 +280,15 @@ def test_a_failed_call_leaves_no_lock(tmp_path, capsys):
 def test_files_of_the_users_are_neither_deleted_nor_overwritten(tmp_path, capsys):
     mine = own_pictures(tmp_path / "mine", 4, kind="jsonl")
     before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
-    for words, said in (([], "is an input, too"), (["--eval_data", TINY / "MMEB-eval"], "metadata.jsonl")):
+    for words, said in (([], "is an input, too"), (["--eval_data", TINY / "MMEB-eval"], "mine/metadata.jsonl")):
         words = ["--split", "eval", "--eval_data", mine, "--num_images", 4, "--output_dir", mine, *words]
         for overwrite in ([], ["--overwrite"]):
             assert said in refusal(capsys, common.run_main, generate.main, flags(tmp_path, *words, *overwrite))
     assert before == {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "metrics.json").write_text('{"accuracy": 1}')
+    args = flags(tmp_path, "--split", "eval", "--output_dir", tmp_path / "theirs", "--overwrite")
+    assert "theirs/metrics.json, which would be lost" in refusal(capsys, common.run_main, generate.main, args)
     words = ["generate_pgd_adversarial.py", *SMALL[:4], "--split", "eval", "--cache_dir", tmp_path / "cache"]
     shell(*words, "--num_images", 5, "--output_dir", tmp_path / "made")
     draw(tmp_path / "made" / "images" / "000000000007.png", 7)
