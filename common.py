@@ -1091,7 +1091,7 @@ def rename_from_transformers(tensors):
     for name in [name for name in renamed if ".self_attn.q_proj." in name]:
         parts = [renamed.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
         renamed[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
-    return {name: tensor for name, tensor in renamed.items() if not name.endswith(".position_ids")}
+    return renamed  # with position_ids of old files, which compare_weights() leaves out
 
 
 def save_model(folder, clip, train_ids):

@@ -76,7 +76,7 @@ def flags(tmp_path, *words):
 
 
 def test_an_unfinished_run_of_other_code_or_data_is_refused_and_a_complete_one_is_used_with_a_note(tmp_path, capsys):
-    code, inputs, clip = {"common.contrastive_loss": "1", "torch": "2"}, {"images and captions": "a"}, None
+    code, inputs = {"common.contrastive_loss": "1", "torch": "2"}, {"images and captions": "a"}
     args = flags(tmp_path)
     run = common.Run(args, code, inputs=inputs)
     run.save_part("a", 1)
@@ -90,8 +90,7 @@ def test_an_unfinished_run_of_other_code_or_data_is_refused_and_a_complete_one_i
     assert again.load_part("a") is None
     again.release()
     run = common.Run(args, code, inputs=inputs)
-    clip = common.load_clip(args)
-    run.finish(clip)
+    run.finish(common.load_clip(args))
     run.release()
     complete = common.Run(args, edited, inputs=inputs)
     assert complete.previous and complete.changed == "common.contrastive_loss has changed"
