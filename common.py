@@ -84,8 +84,8 @@ PRESETS = {  # flag: {preset: default}; smoke is tiny but for these
     # tiny: of 1e-4, 4e-4, 1.6e-3 and 6.4e-3 that of the highest white-box R@1, then cosine, on 200 further training
     # images, among those that cost at most 5 points of clean R@1 there, or the least
     "mat_lr": {"report": 1e-5, "tiny": 4e-4},
-    "pgd_lr": {"report": 1e-5, "tiny": 1e-4},
-    "online_lr": {"report": 1e-5, "tiny": 1.6e-3},
+    "contrastive_lr": {"report": 1e-5, "tiny": 1e-4},
+    "fare_lr": {"report": 1e-5, "tiny": 1.6e-3},
     "epochs": {"report": 3, "tiny": 4, "smoke": 2},
 }
 
@@ -172,16 +172,18 @@ def add_train_args(parser):
     flag("--max_steps", type=number(1), help="stop after so many optimizer steps")
     flag("--save_every", type=number(0, 10**6, float), default=5, help="minutes between states")
     flag("--grad_checkpointing", action="store_true", help="less memory, a third more time")
-    flag("--loss_threshold", type=number(1e-12, 10**6, float), help="stop when the loss of --loss_window is below")
+    threshold = "stop one step after the contrastive loss, averaged over --loss_window steps, is below this"
+    flag("--loss_threshold", type=number(1e-12, 10**6, float), help=threshold)
     flag("--loss_window", type=number(1), default=50, help="steps averaged; one batch of 16 alone is noise")
     flag("--val_images", type=number(1), help="further training images, for the figures after each epoch")
 
 
-def parse_flags(parser, argv, stage, images):
+def parse_flags(parser, argv, stage, images, rate=None):
     """Parse with the defaults of --preset.
 
     stage    (chosen flags) -> name of the default output folder under runs/PRESET/
     images   (chosen flags) -> 'train' or 'eval': which of the preset's image counts is --num_images' default
+    rate     (chosen flags) -> name of the preset's learning rate, for trainings
     """
     words = sys.argv[1:] if argv is None else argv
     with about("the command line is not text in UTF-8"):  # no record could hold it, and no terminal show it
@@ -194,7 +196,7 @@ def parse_flags(parser, argv, stage, images):
     if is_own(getattr(chosen, f"{split}_data") or ""):
         defaults |= {"num_images": None, "val_images": None}  # all, which load_rows() counts
         defaults |= {"eval_data": None} if split == "train" else {}  # a training needs none
-    defaults["lr"] = defaults.get(f"{stage(chosen)}_lr")
+    defaults["lr"] = defaults[rate(chosen)] if rate else None
     if (chosen.model or "").startswith(("local-dir:", "hf-hub:")):
         defaults["pretrained"] = ""  # such a model brings its weights
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(chosen, name)})
@@ -1347,6 +1349,34 @@ def as_images(pixels, device):
     return torch.tensor(np.asarray(pixels), device=device).float() / 255
 
 
+class TrainingImages:
+    """Images of a training by their indices: float32 (B, 3, H, W) in [0, 1] on the device.
+
+    pixels   uint8 (N, 3, H, W), numpy or a column of examples; kept on a GPU where they take at most a quarter of its
+             free memory, else each batch is copied there. The host does not wait for the GPU either way.
+    """
+
+    def __init__(self, pixels, device):
+        self.pixels, self.device = pixels, device
+        if device.type == "cuda" and len(pixels) * pixels[0].nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+            self.pixels = torch.from_numpy(np.array(pixels[:])).to(device)
+
+    def __getitem__(self, indices):
+        if isinstance(self.pixels, torch.Tensor):
+            return take(self.pixels, indices).float() / 255
+        return to_device(torch.from_numpy(np.array(self.pixels[indices])), self.device).float() / 255
+
+
+def to_device(tensor, device):
+    """Copy a tensor from the CPU to a device; the host does not wait for a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def take(rows, indices):
+    """Return rows[indices] of a tensor, on its device; indices are a numpy array."""
+    return rows[to_device(torch.from_numpy(indices), rows.device)]
+
+
 def is_own(source):
     """Return whether a data set is the user's own: a folder in the ImageFolder format, or COCO's captions_*.json."""
     return source.endswith(".json") or any(os.path.isfile(os.path.join(source, name)) for name in METADATA)
@@ -1686,13 +1716,15 @@ def white_box(eps, steps, through_jpeg=False):
     return Attack(eps, first * eps, steps, seed=None, momentum=momentum)
 
 
-def pgd(loss_fn, images, attack, start=None):
+def pgd(loss_fn, images, attack, start=None, check_range=True):
     """Search the L-inf ball around images for the pixels that maximise loss_fn.
 
     images    (B, 3, H, W) float32 in [0, 1], before CLIP's normalisation
     loss_fn   maps such a batch to (B,) losses, one per image, higher = worse for the model
     start     where to begin, like images, moved into the ball; None begins at images
-    returns   like images, for each the iterate of the highest loss; {what went wrong: in how many of the images}
+    check_range   look whether the pixels lie in [0, 1], for which the host waits for the device
+    returns   like images, for each the iterate of the highest loss; {what went wrong: in how many of the images}, the
+              counts on the device
 
     PGD of Madry et al. 2018 (arXiv:1706.06083), except that the best iterate is kept, not the last. With momentum it is
     MI-FGSM of Dong et al. 2018 (arXiv:1710.06081, equations 6 and 7), except that the gradient is divided by its mean
@@ -1702,7 +1734,7 @@ def pgd(loss_fn, images, attack, start=None):
     may pass for robustness. Pixels outside [0, 1] raise ValueError. Differentiates the pixels alone: no parameter's
     .grad is touched. The model's mode is the caller's.
     """
-    if images.min() < 0 or images.max() > 1:
+    if check_range and (images.min() < 0 or images.max() > 1):
         raise ValueError(f"pgd needs pixels in [0, 1], got [{images.min():.2f}, {images.max():.2f}]: normalised?")
     lower, upper = (images - attack.eps).clamp(min=0), (images + attack.eps).clamp(max=1)
     x = images if start is None else start.clamp(lower, upper)
@@ -1731,7 +1763,7 @@ def pgd(loss_fn, images, attack, start=None):
         velocity = attack.momentum * velocity + grad / size
         shrink = max(0.03, (1 + math.cos(math.pi * step / attack.steps)) / 2) if attack.momentum else 1
         x = (x + attack.alpha * shrink * velocity.sign()).clamp(lower, upper)
-    return best, {"images_with_zero_gradients": int(zero.sum()), "images_with_nonfinite_values": int(nonfinite.sum())}
+    return best, {"images_with_zero_gradients": zero.sum(), "images_with_nonfinite_values": nonfinite.sum()}
 
 
 def start_noise(images, eps, seed, indices):
@@ -1789,7 +1821,7 @@ def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="att
                 pixels_adv = to_pixels(images_adv, clean, attack.eps)
                 linf = linf_grey_levels(clean, pixels_adv)
                 moved = {"max_abs_delta_grey_levels": int(linf.max()), "images_unmoved": int((linf == 0).sum())}
-                done = {"pixels": pixels_adv, "health": moved | wrong}
+                done = {"pixels": pixels_adv, "health": moved | {key: int(count) for key, count in wrong.items()}}
                 if run:
                     run.save_part(key, done)
             yield here, done["pixels"], done["health"]
@@ -1824,7 +1856,9 @@ def adversarial_folder(args, split):
     command = command_of("generate_pgd_adversarial.py", args, f"adversarial_{split}", *words, flags=flags)
     record = load_record(folder / "metrics.json") if (folder / "metrics.json").exists() else None
     if record:
-        require_same(folder, args, "model", "pretrained", "eps", "alpha", "steps", "seed", command=command)
+        flags = ["model", "pretrained", "eps", "alpha", "steps"]
+        flags += [] if args.adversarial_dir else ["seed"]  # a training of another seed may share the images of one
+        require_same(folder, args, *flags, command=command)
     if record and record["args"]["num_images"] >= args.num_images:
         return folder
     if args.adversarial_dir:
@@ -1948,15 +1982,33 @@ def duration(seconds):
 # Training: what both defences share; their scripts hold the loop
 
 
+def step_seed(seed, step):
+    """Return a seed of 63 bits for a step of a training: no two seeds of a training have steps in common."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def step_generator(seed, step, device):
+    """Return the generator of a training step's random draws, on the device, so that the draws do not wait.
+
+    Draw for the whole batch, of which each process takes its part. A device repeats its draws; two kinds of device draw
+    different numbers.
+    """
+    return torch.Generator(device).manual_seed(step_seed(seed, step))
+
+
+def uniform_noise(count, images, eps, generator):
+    """Draw the noise from which PGD starts on count images like these: uniform in [-eps, eps], (count, 3, H, W)."""
+    noise = torch.rand(count, *images.shape[1:], generator=generator, device=images.device)
+    return eps * (2 * noise - 1)
+
+
 def contrastive_loss(image_features, text_features, logit_scale):
     """Symmetric contrastive loss (Radford et al. 2021, arXiv:2103.00020, figure 3) of a batch.
 
     image_features, text_features   (B, D), row i of both from one pair; equal captions are never each other's negatives
     """
     targets = torch.arange(len(image_features), device=image_features.device)
-    _, caption_ids = torch.unique(text_features, dim=0, return_inverse=True)
-    equal = caption_ids[:, None] == caption_ids[None]  # (B, B)
-    equal[targets, targets] = False
+    equal = (text_features[:, None] == text_features[None]).all(-1).fill_diagonal_(False)  # (B, B)
     logits = (logit_scale * image_features @ text_features.T).masked_fill(equal, -torch.inf)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
@@ -1964,11 +2016,14 @@ def contrastive_loss(image_features, text_features, logit_scale):
 class Trainer:
     """What both trainings share: order of the batches, states, validation, the model; optimizer and loop are theirs.
 
-    Iterating yields (step, batch, mine): numbers of the batch's images, and of this process's part of it. Fine-tuned is
-    the visual tower; text tower and logit_scale are frozen. The result is the model after the last epoch; validation is
-    printed and used for nothing. All random draws are functions of (seed, step, image), so that a state kept
-    every --save_every minutes is enough to go on to the same files. Under torchrun --batch_size is shared out, and
-    each loss is over the features of all: any number of processes trains the same.
+    Iterating yields (step, batch, part): the indices of the batch's images, and the positions in the batch of those of
+    this process. The visual tower is trained; text tower and logit_scale are frozen. The result is the model after the
+    last epoch; the validation figures are printed and decide nothing. Random draws depend on the seed and the step
+    alone, so that a state saved every --save_every minutes is enough to resume to the same files. Under torchrun
+    --batch_size is shared out, and each loss is over the features of all: any number of processes trains the same.
+
+    The host does not wait for the GPU within a step: it reads the figures of a step after it has queued the next one,
+    and --loss_threshold is compared with the losses up to the step before.
     """
 
     def __init__(self, args, run, clip, optimizer, training, validation):
@@ -1983,7 +2038,8 @@ class Trainer:
         clip.batch_size = math.ceil(self.size / PROCESSES)  # images at a time in this one
         self.steps_per_epoch = math.ceil(len(training) / self.size)
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
-        self.log, self.epochs, self.stopped = [], [], None
+        self.log, self.queued = [], []  # figures of the steps: read, and still on the device
+        self.epochs, self.stopped = [], None
         if state := run.load_part("state"):
             self.visual.load_state_dict(state["visual"])
             optimizer.load_state_dict(state["optimizer"])
@@ -2006,10 +2062,10 @@ class Trainer:
                 epoch, position = divmod(step, self.steps_per_epoch)
                 order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.training))
                 batch = order[position * self.size : (position + 1) * self.size]
-                mine = np.array_split(np.pad(batch, (0, -len(batch) % PROCESSES), mode="edge"), PROCESSES)[RANK]
-                torch.manual_seed(self.args.seed + step)  # for a tower with patch dropout
+                positions = np.pad(np.arange(len(batch)), (0, -len(batch) % PROCESSES), mode="edge")
+                torch.manual_seed(step_seed(self.args.seed, step) + RANK)  # for a tower with patch dropout
                 self.train_mode()
-                yield step, batch, mine
+                yield step, batch, np.array_split(positions, PROCESSES)[RANK]
                 if self.stopped:
                     return
 
@@ -2020,41 +2076,54 @@ class Trainer:
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
-    def encode(self, images, twins, count):
-        """Features of the batch's clean images and of their twins, (count, D) each, in one pass through the tower."""
-        features = self.model(torch.cat([images, twins])).chunk(2)
+    def encode(self, images, images_changed, count):
+        """Encode the batch's clean and its augmented or adversarial images in one forward pass: (count, D) each."""
+        features = self.model(torch.cat([images, images_changed])).chunk(2)
         if PROCESSES > 1:  # those of the others without gradient
             features = open_clip.loss.gather_features(*features, rank=RANK, world_size=PROCESSES)
         return [x[:count] for x in features]  # without what was padded to share the batch out
 
     def end_step(self, **figures):
-        """Log the figures, loss and grad_norm among them; validate after an epoch; keep a state now and then."""
-        args, step = self.args, len(self.log) + 1
-        figures = {key: value.item() for key, value in figures.items()}
-        if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-            fail(f"step {step} is not finite: {figures}. Start again with a lower --lr and --overwrite")
-        epoch = math.ceil(step / self.steps_per_epoch)
-        self.log.append({"step": step, "epoch": epoch, **figures, "lr": self.optimizer.param_groups[0]["lr"]})
-        self.bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
-        window = gather([entry["loss"] for entry in self.log[-args.loss_window :]])[0]  # all stop at the same step
-        if args.loss_threshold and len(window) == args.loss_window and np.mean(window) < args.loss_threshold:
-            self.stopped = "loss_threshold"
-        elif step == self.last_step:
+        """Queue the figures of a step, tensors, loss and grad_norm among them; validate after an epoch; save states."""
+        args, step = self.args, len(self.log) + len(self.queued) + 1
+        self.read_figures()  # of the step before
+        if args.loss_threshold and len(self.log) >= args.loss_window:
+            window = gather([entry["loss"] for entry in self.log[-args.loss_window :]])[0]  # all stop at the same step
+            if np.mean(window) < args.loss_threshold:
+                self.stopped = "loss_threshold"
+        if step == self.last_step and not self.stopped:
             self.stopped = "max_steps" if self.last_step == args.max_steps else "epochs"
-        if not RANK:
-            with open(self.run.dir / "log.jsonl", "a") as file:
-                file.write(json.dumps(self.log[-1]) + "\n")
-        if self.stopped or step % self.steps_per_epoch == 0:
-            self.end_epoch(epoch, float(np.mean(window)))
-        due = step % self.steps_per_epoch == 0 or time.perf_counter() - self.saved >= 60 * args.save_every
-        if due and not RANK and not self.stopped:
-            state = {"visual": self.visual.state_dict(), "optimizer": self.optimizer.state_dict()}
-            self.run.save_part("state", state | {"log": self.log, "epochs": self.epochs})
+        self.queued.append({**figures, "lr": self.optimizer.param_groups[0]["lr"]})
+        epoch_ends = self.stopped or step % self.steps_per_epoch == 0
+        if epoch_ends:
+            self.read_figures()
+            self.end_epoch()
+        if epoch_ends or time.perf_counter() - self.saved >= 60 * args.save_every:
+            self.read_figures()
+            if not RANK and not self.stopped:
+                state = {"visual": self.visual.state_dict(), "optimizer": self.optimizer.state_dict()}
+                self.run.save_part("state", state | {"log": self.log, "epochs": self.epochs})
             self.saved = time.perf_counter()
 
-    def end_epoch(self, epoch, loss):
+    def read_figures(self):
+        """Move the queued figures to the log, for which the host waits until those steps are done."""
+        for queued in self.queued:
+            step, lr = len(self.log) + 1, queued.pop("lr")
+            figures = {key: value.item() for key, value in queued.items()}
+            if not math.isfinite(figures["loss"] + figures["grad_norm"]):
+                fail(f"step {step} is not finite: {figures}. Start again with a lower --lr and --overwrite")
+            epoch = math.ceil(step / self.steps_per_epoch)
+            self.log.append({"step": step, "epoch": epoch, **figures, "lr": lr})
+            self.bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
+            if not RANK:
+                with open(self.run.dir / "log.jsonl", "a") as file:
+                    file.write(json.dumps(self.log[-1]) + "\n")
+        self.queued = []
+
+    def end_epoch(self):
         """Print the clean and white-box similarity on the validation images."""
-        args, clip = self.args, self.clip
+        args, clip, epoch = self.args, self.clip, self.log[-1]["epoch"]
+        loss = float(np.mean([entry["loss"] for entry in self.log[-args.loss_window :]]))
         self.visual.eval()
         pixels, text_features = self.validation["pixels"], clip.encode_text(self.validation["caption"][:])
         attack = white_box(args.eps, args.steps)

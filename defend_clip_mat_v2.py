@@ -14,12 +14,11 @@ Files written to --output_dir (default runs/<preset>/mat):
     metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
 """
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 import common
-from common import as_images, contrastive_loss
+from common import contrastive_loss, take
 
 BRIGHTNESS = CONTRAST = 0.2  # factors are uniform in 1 +- this
 BLUR_RADII = 0.1, 2.0  # standard deviation of the Gaussian, pixels
@@ -29,23 +28,26 @@ NOISE_SIGMA = 15 / 255
 def parse_args(argv=None):
     parser = common.make_parser(__doc__, batch_size=16)
     common.add_train_args(parser)
-    return common.parse_flags(parser, argv, lambda _: "mat", lambda _: "train")
+    return common.parse_flags(parser, argv, lambda _: "mat", lambda _: "train", lambda _: "mat_lr")
 
 
-def augment(images, seeds):
-    """Brightness, contrast and blur of random strength, then noise: (B, 3, H, W) in [0, 1]; one seed an image."""
-    draws = [np.random.default_rng(seed) for seed in seeds]
+def draw_augmentations(count, shape, generator):
+    """Draw brightness and contrast factors, blur radii and noise for count images of a shape (3, H, W): (count, ...)."""
+    options = {"generator": generator, "device": generator.device}
 
     def uniform(low, high):
-        strengths = torch.tensor([rng.uniform(low, high) for rng in draws], dtype=images.dtype)
-        return strengths.view(-1, 1, 1, 1).to(images.device)
+        return low + (high - low) * torch.rand(count, 1, 1, 1, **options)
 
-    brightness, contrast = uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS), uniform(1 - CONTRAST, 1 + CONTRAST)
+    factors = uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS), uniform(1 - CONTRAST, 1 + CONTRAST)
+    return *factors, uniform(*BLUR_RADII), NOISE_SIGMA * torch.randn(count, *shape, **options)
+
+
+def augment(images, brightness, contrast, blur_radii, noise):
+    """Change brightness and contrast, blur, and add noise: (B, 3, H, W) in [0, 1]; see draw_augmentations()."""
     images = images * brightness
     grey = images.mean((1, 2, 3), keepdim=True)
-    images = gaussian_blur(grey + contrast * (images - grey), uniform(*BLUR_RADII))
-    noise = np.stack([rng.standard_normal(images.shape[1:], np.float32) for rng in draws])
-    return (images + NOISE_SIGMA * torch.from_numpy(noise).to(images.device)).clamp(0, 1)
+    images = gaussian_blur(grey + contrast * (images - grey), blur_radii)
+    return (images + noise).clamp(0, 1)
 
 
 def gaussian_blur(images, sigma):
@@ -67,20 +69,22 @@ def main(args):
         return
     clip = common.load_clip(args)
     training, validation = common.load_training_sets(args, rows, clip.geometry)
-    visual, pixels = clip.model.visual, training["pixels"]
+    visual, training_images = clip.model.visual, common.TrainingImages(training["pixels"], clip.device)
     matrices, others = ([p for p in visual.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=clip.device.type in ("cuda", "cpu"))
     trainer = common.Trainer(args, run, clip, optimizer, training, validation)
 
-    for step, batch, mine in trainer:  # numbers of the batch's images; of this process's
+    for step, batch, part in trainer:  # indices of the batch's images; positions of this process's images in the batch
         for group in optimizer.param_groups:  # falls linearly to 0
             group["lr"] = args.lr * (1 - step / trainer.last_step)
-        images = as_images(pixels[mine], clip.device)  # (B, 3, H, W), of this process
-        images_aug = augment(images, [[args.seed, step, index] for index in mine])
+        images = training_images[batch[part]]  # (B, 3, H, W) of this process
+        generator = common.step_generator(args.seed, step, clip.device)
+        draws = draw_augmentations(len(batch), images.shape[1:], generator)
+        images_aug = augment(images, *(take(values, part) for values in draws))
 
         features = trainer.encode(images, images_aug, len(batch))  # clean, augmented: (B, D) each, of all processes
-        text_features = trainer.text_features[batch]
+        text_features = take(trainer.text_features, batch)
         clean_loss, aug_loss = (contrastive_loss(x, text_features, clip.model.logit_scale.exp()) for x in features)
         loss = (clean_loss + aug_loss) / 2
 
@@ -88,7 +92,7 @@ def main(args):
         (loss * common.PROCESSES).backward()  # each has its own images' part of the gradient; DDP takes the mean
         grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
         optimizer.step()
-        trainer.end_step(loss=loss, clean_loss=clean_loss, twin_loss=aug_loss, grad_norm=grad_norm)
+        trainer.end_step(loss=loss, clean_loss=clean_loss, aug_loss=aug_loss, grad_norm=grad_norm)
     trainer.finish()
 
 

@@ -1,20 +1,26 @@
 #!/usr/bin/env python3
 """Caption-aware adversarial training: fine-tune CLIP's visual tower on clean and adversarial images.
 
-Each batch holds every image and its adversarial twin; the loss is the mean of the clean and the adversarial loss, each
-contrastive as in TeCoA (Mao et al. 2023, arXiv:2212.07016), or the distance of FARE (Schlarmann et al. 2024,
-arXiv:2402.12336) to the original model's features. The twins are
+Each batch holds every image clean and adversarial; the loss is the mean of the clean and the adversarial loss. Two
+choices make four trainings that differ in one thing each:
 
-    offline (the report's, the default): made once against the original model by generate_pgd_adversarial.py, which this
-        script runs first if they are not there. The model can learn them by heart: look at the white-box figures, not
-        at the transfer ones;
-    online (--online_steps K): made during training against the present weights by K steps of PGD (Madry et al. 2018)
-        from noise, with FARE's loss on both halves.
+    --loss contrastive   the symmetric contrastive loss of the batch, as in TeCoA (Mao et al. 2023, arXiv:2212.07016)
+    --loss fare          the distance to the original model's clean features, as in FARE (Schlarmann et al. 2024,
+                         arXiv:2402.12336); it uses no captions. Unlike the paper, which trains on adversarial images
+                         alone, the distance is one of unit-norm features, and clean images count for half of the loss
+    --online_steps 0     offline: adversarial images made once against the original model by
+                         generate_pgd_adversarial.py, which this script runs first if they are missing. The model can
+                         learn them by heart: read the white-box figures, not the transfer ones
+    --online_steps K     online: made in each step against the present weights by K steps of PGD (Madry et al. 2018)
+                         from noise, which lower the cosine with the own caption (contrastive) or raise the distance
+                         (fare)
+
+The report's training is the contrastive, offline one, which is the default.
 
     python defend_clip_pgd_v2.py --batch_size 16 --lr 1e-5 --epochs 3 --loss_threshold 0.1
     python defend_clip_pgd_v2.py --preset tiny --online_steps 2
 
-Files written to --output_dir (default runs/<preset>/pgd, with --online_steps runs/<preset>/online):
+Files written to --output_dir (default runs/<preset>/pgd, pgd_fare, online, online_contrastive):
     open_clip_model.safetensors, open_clip_config.json   the model after the last epoch, which open_clip opens:
                        open_clip.create_model_and_transforms("local-dir:OUTPUT_DIR")
     log.jsonl          one line per step
@@ -24,21 +30,41 @@ Files written to --output_dir (default runs/<preset>/pgd, with --online_steps ru
 import torch
 
 import common
-from common import as_images, contrastive_loss, pgd, start_noise
+from common import contrastive_loss, own_caption, pgd, take
+
+
+def usual_loss(flags):
+    """Return the loss of a training where --loss is not given."""
+    return "fare" if flags.online_steps else "contrastive"
+
+
+def folder_name(flags):
+    """Return the name of the default output folder: pgd, pgd_fare, online or online_contrastive."""
+    name = "online" if flags.online_steps else "pgd"
+    return name if flags.loss in (None, usual_loss(flags)) else f"{name}_{flags.loss}"
 
 
 def parse_args(argv=None):
     parser = common.make_parser(__doc__, batch_size=16)
     common.add_train_args(parser)
-    flag = parser.add_argument_group("adversarial images (this script only)").add_argument
-    flag("--adversarial_dir", help="of --split train; if not given, adversarial_train beside --output_dir")
+    flag = parser.add_argument_group("adversarial training (this script only)").add_argument
+    flag("--loss", choices=["contrastive", "fare"], help="None: contrastive, with --online_steps fare")
     flag("--online_steps", type=common.number(0, 10**6), default=0, help="PGD steps on each batch; 0: offline")
-    return common.parse_flags(parser, argv, lambda given: "online" if given.online_steps else "pgd", lambda _: "train")
+    flag("--adversarial_dir", help="of --split train; None: adversarial_train beside --output_dir")
+
+    def rate_name(flags):
+        return f"{flags.loss or usual_loss(flags)}_lr"
+
+    args = common.parse_flags(parser, argv, folder_name, lambda _: "train", rate_name)
+    args.loss = args.loss or usual_loss(args)
+    if args.online_steps and args.adversarial_dir:
+        parser.error("--adversarial_dir is for offline training: leave out either it or --online_steps")
+    if args.loss == "fare" and args.loss_threshold:
+        parser.error("--loss_threshold is for --loss contrastive: leave out either it or --loss fare")
+    return args
 
 
 def main(args):
-    if args.online_steps and args.adversarial_dir:
-        common.fail("--adversarial_dir is of offline training: leave it or --online_steps out")
     rows = common.load_training_rows(args)
     folder = None if args.online_steps else common.adversarial_folder(args, "train")
     inputs = common.adversarial_checksum(folder, rows.select(range(args.num_images))) if folder else {}
@@ -48,46 +74,54 @@ def main(args):
         return
     clip = common.load_clip(args)
     training, validation = common.load_training_sets(args, rows, clip.geometry)
-    offline = common.load_adversarial(folder, training, args) if folder else None  # uint8 (N, 3, H, W)
-    original = clip.encode_pixels(training["pixels"]) if args.online_steps else None  # (N, D), FARE's targets
-    visual, pixels = clip.model.visual, training["pixels"]
+    training_images = common.TrainingImages(training["pixels"], clip.device)
+    if folder:
+        adversarial_images = common.TrainingImages(common.load_adversarial(folder, training, args), clip.device)
+    if args.loss == "fare":
+        original_features = clip.encode_pixels(training["pixels"])  # (N, D)
+    visual = clip.model.visual
     matrices, others = ([p for p in visual.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=clip.device.type in ("cuda", "cpu"))
     trainer = common.Trainer(args, run, clip, optimizer, training, validation)
-    # as in FARE and TeCoA few steps must be able to cross the ball, whatever --alpha
+    # as in FARE and TeCoA a few steps must be able to cross the ball, whatever --alpha
     attack = common.Attack(args.eps, max(args.alpha, 2 * args.eps / max(1, args.online_steps)), args.online_steps)
 
-    def distance(image_features, indices):
-        """FARE: squared L2 distance to the original model's clean feature (equation 3, on unit-norm features), (B,)."""
-        return (image_features - original[indices]).square().sum(-1)
+    def fare_loss(image_features, indices):
+        """Squared L2 distance to the original model's clean features (FARE, equation 3), (B,)."""
+        return (image_features - take(original_features, indices)).square().sum(-1)
 
-    for step, batch, mine in trainer:  # numbers of the batch's images; of this process's
+    def attack_loss(encode_image, indices):
+        if args.loss == "fare":
+            return lambda images: fare_loss(encode_image(images), indices)
+        return own_caption(encode_image, take(trainer.text_features, indices))(slice(None))
+
+    for step, batch, part in trainer:  # indices of the batch's images; positions of this process's images in the batch
         for group in optimizer.param_groups:  # falls linearly to 0
             group["lr"] = args.lr * (1 - step / trainer.last_step)
-        images = as_images(pixels[mine], clip.device)  # (B, 3, H, W), of this process
+        images = training_images[batch[part]]  # (B, 3, H, W) of this process
         if args.online_steps:
             visual.eval()  # attack the network that is deployed
-            encode_image = clip.frozen()
-            start = start_noise(images, args.eps, args.seed + step, mine.tolist())
-            images_adv, _ = pgd(lambda x: distance(encode_image(x), mine), images, attack, start)  # noqa: B023
+            generator = common.step_generator(args.seed, step, clip.device)
+            start = images + take(common.uniform_noise(len(batch), images, args.eps, generator), part)
+            images_adv, _ = pgd(attack_loss(clip.frozen(), batch[part]), images, attack, start, check_range=False)
             trainer.train_mode()
         else:
-            images_adv = as_images(offline[mine], clip.device)
+            images_adv = adversarial_images[batch[part]]
 
         features = trainer.encode(images, images_adv, len(batch))  # clean, adversarial: (B, D) each, of all processes
-        if args.online_steps:
-            clean_loss, adv_loss = (distance(x, batch).mean() for x in features)
+        if args.loss == "fare":
+            clean_loss, adv_loss = (fare_loss(x, batch).mean() for x in features)
         else:
-            text_features = trainer.text_features[batch]
-            clean_loss, adv_loss = (contrastive_loss(x, text_features, clip.model.logit_scale.exp()) for x in features)
+            text_features, logit_scale = take(trainer.text_features, batch), clip.model.logit_scale.exp()
+            clean_loss, adv_loss = (contrastive_loss(x, text_features, logit_scale) for x in features)
         loss = (clean_loss + adv_loss) / 2
 
         optimizer.zero_grad(set_to_none=True)
         (loss * common.PROCESSES).backward()  # each has its own images' part of the gradient; DDP takes the mean
         grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
         optimizer.step()
-        trainer.end_step(loss=loss, clean_loss=clean_loss, twin_loss=adv_loss, grad_norm=grad_norm)
+        trainer.end_step(loss=loss, clean_loss=clean_loss, adv_loss=adv_loss, grad_norm=grad_norm)
     generation_seconds = 0
     if folder:
         record = common.load_record(folder / "metrics.json")
