@@ -229,10 +229,13 @@ def stage_folder(args, stage):
     return Path(args.output_dir).parent / f"{stage}{radius_suffix(args)}"
 
 
-def command_of(script, args, stage, *words, flags=SHARED):
-    """Write the command that runs another script into its folder, with the flags that args has from the user."""
+def command_of(script, args, stage, *words, flags=SHARED, suffix=""):
+    """Write the command that runs another script, with the flags that args has from the user.
+
+    stage    the default output folder of that script; suffix is appended to it
+    """
     default = parse_flags(make_parser(""), ["--preset", args.preset], lambda _: stage, lambda _: "train")
-    given = vars(args) | {"output_dir": str(stage_folder(args, stage))}
+    given = vars(args) | {"output_dir": str(stage_folder(args, stage + suffix))}
     words = [script, *(["--preset", args.preset] if args.preset != "report" else []), *map(str, words)]
     for name in [*flags.split(), "output_dir"]:
         value = given[name]
@@ -385,7 +388,7 @@ RECORD_KEYS = {"argv", "args", "inputs", "processes", "started", "seconds"}  # o
 LOCKS = []  # what releases the output folders of this process
 OUR_FILES = ["images", "metadata.jsonl", "log.jsonl", "open_clip_config.json", "open_clip_model.safetensors"]
 OUR_FILES += ["config.json", "model.safetensors", "pytorch_model.bin"]  # of a model that ours would be mixed up with
-OUR_FILES += ["table.md", "examples.png", "histogram.png", "table.png", "eps_curves.png", "radii.png"]
+OUR_FILES += ["table.md", "examples.png", "cosines.png", "white_box", "table.png", "eps_curves.png", "radii.png"]
 
 
 class Run:

@@ -32,7 +32,7 @@ def parse_args(argv=None):
 
 
 def draw_augmentations(count, shape, generator):
-    """Draw brightness and contrast factors, blur radii and noise for count images of a shape (3, H, W): (count, ...)."""
+    """Draw brightness and contrast factors, blur radii and noise for count images of shape (3, H, W): (count, ...)."""
     options = {"generator": generator, "device": generator.device}
 
     def uniform(low, high):

@@ -99,21 +99,24 @@ def quantisation_tables(quality):
     return [list(table) for table in Image.open(buffer).quantization.values()]
 
 
-def through(codec, qualities, encode_image, seed=0, among=None):
-    """encode_image behind a JPEG step of each quality, in order; 'random' is drawn anew at each look, from seed.
+def with_jpeg(codec, qualities, encode_image, seed=0, among=None, draws=1):
+    """Return encode_image with a JPEG step of each quality, in order, in front of it.
 
-    among   (N, slice) where those of N images come each time: their draws are the same in whatever batch they come
+    seed    of the qualities 'random', which are drawn for each image in each call
+    among   (N, slice) where those of N images come in each call: their draws are the same in any batch
+    draws   of the random qualities in a call; the features are then the mean over them of features of unit norm, so
+            that their product with a caption's is the mean cosine
     """
     draw = partial(np.random.default_rng(seed).integers, *RANDOM_QUALITIES, endpoint=True)
 
-    def encode(images):
-        for q in qualities:
-            if q == "random":
-                q = draw(among[0])[among[1]] if among else draw(len(images))
-            images = codec(images, q)
+    def encode_once(images):
+        for quality in qualities:
+            if quality == "random":
+                quality = draw(among[0])[among[1]] if among else draw(len(images))
+            images = codec(images, quality)
         return encode_image(images)
 
-    return encode
+    return lambda images: sum(encode_once(images) for _ in range(draws)) / draws
 
 
 def main(args):
@@ -133,11 +136,11 @@ def main(args):
     attack, qualities, health = common.white_box(args.eps, args.steps, through_jpeg=True), {}, {}
     print(f"{len(pixels)} images       clean  transfer  adaptive")
     for q in args.qualities:
-        loss_at = own_caption(through(differentiable_jpeg, [q], clip.frozen()), text_features)
+        loss_at = own_caption(with_jpeg(differentiable_jpeg, [q], clip.frozen()), text_features)
         adaptive, health[q] = common.attack_all(attack, loss_at, pixels, clip, transfer, run, f"JPEG {q}")
         conditions = {"clean": pixels, "transfer": transfer, "adaptive": adaptive}
         per_image = {
-            name: (clip.encode_pixels(x, through(jpeg, [q], clip.encode_image)) * text_features).sum(-1).tolist()
+            name: (clip.encode_pixels(x, with_jpeg(jpeg, [q], clip.encode_image)) * text_features).sum(-1).tolist()
             for name, x in conditions.items()
         }
         means = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}

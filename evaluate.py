@@ -5,6 +5,7 @@
     python evaluate.py --reproduce                  # the whole report on CLIP ViT-L/14, on a GPU
     python evaluate.py --checkpoint fare4=hf-hub:chs20/fare4-clip --output_dir runs/report/with_fare
     python evaluate.py --preset tiny --qualities 75 50 30 random --sanity --output_dir runs/tiny/truth
+    python evaluate.py --reproduce --preset tiny --seeds 3 --trainings mat pgd pgd_fare online_contrastive online
     python evaluate.py --preset tiny --radii 1/255 2/255 4/255 8/255
     python evaluate.py --eval_data my_pictures --model ViT-B-16-quickgelu --output_dir runs/mine/evaluation
 
@@ -14,12 +15,13 @@ white-box   the worst, image by image, of the transferred image and of momentum 
             is the adaptive attack, through a differentiable codec; every score is on the real JPEG bytes
 
 Files written to --output_dir (default runs/<preset>/evaluation); the stages' folders stand beside it:
-    table.md, metrics.json (per image, too), examples.png, histogram.png, table.png, with --sanity eps_curves.png, with
-    --radii radii.png
+    table.md, metrics.json (per image, too), examples.png, cosines.png, table.png, with --sanity eps_curves.png, with
+    --radii radii.png; white_box/ROW/ holds the attacked images behind a row's white-box figures
 """
 
 import argparse
 import itertools
+import json
 import math
 import os
 import re
@@ -34,7 +36,7 @@ from PIL import Image
 
 import common
 from common import as_images, attack_all, duration, fail, load_clip, load_examples, number
-from eval_jpeg import differentiable_jpeg, jpeg, jpeg_quality, through
+from eval_jpeg import differentiable_jpeg, jpeg, jpeg_quality, with_jpeg
 
 BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's ends the import elsewhere; a figure in a file needs none
 import matplotlib.figure  # noqa: E402
@@ -46,21 +48,28 @@ if BACKEND:
 REPORT = {  # Adversarial Robustness Evaluation for CLIP Models, on CLIP ViT-L/14 and MMEB COCO: clean, transfer, gain
     "original": (0.2513, -0.1783, None),
     "MAT": (0.2417, 0.1067, 0.686),
-    "caption-aware": (0.2507, 0.2349, 0.963),
+    "contrastive, offline": (0.2507, 0.2349, 0.963),
     "JPEG 75": (0.2513, 0.1504, 0.765),
     "JPEG 50": (0.2513, 0.2147, 0.915),
     "JPEG 30": (0.2513, 0.2329, 0.957),
 }
-TRAINED = {"MAT": "mat", "caption-aware": "pgd", "FARE, online": "online"}  # row -> stage folder
-STAGES = {  # stage folder -> the script that makes it, and its flags
-    "mat": ["defend_clip_mat_v2.py"],
-    "pgd": ["defend_clip_pgd_v2.py", "--loss_threshold", 0.1],
-    "online": ["defend_clip_pgd_v2.py", "--online_steps", 2],
+REPORT_NAMES = {"contrastive, offline": "caption-aware"}  # where the report has another name for a row
+TRAININGS = {  # folder: the row, the script that trains it, and its flags
+    "mat": ("MAT", "defend_clip_mat_v2.py"),
+    "pgd": ("contrastive, offline", "defend_clip_pgd_v2.py", "--loss_threshold", 0.1),
+    "pgd_fare": ("FARE, offline", "defend_clip_pgd_v2.py", "--loss", "fare"),
+    "online_contrastive": (
+        *("contrastive, online", "defend_clip_pgd_v2.py"),
+        *("--loss", "contrastive", "--online_steps", 2, "--loss_threshold", 0.1),
+    ),
+    "online": ("FARE, online", "defend_clip_pgd_v2.py", "--online_steps", 2),
 }
 # flags that choose rows: a complete table is extended by them
-ROW_FLAGS = ["qualities", "defence", "checkpoint", "adversarial_dir", "sanity", "radii"]
+ROW_FLAGS = ["trainings", "seeds", "qualities", "defence", "checkpoint", "adversarial_dir", "sanity", "radii"]
 SANITY_IMAGES = 24
-SETTLED = 0.02  # by so much may a longer search still lower the mean cosine
+CONVERGENCE_IMAGES = 16
+MARGIN = 0.005  # two attacks are equally strong if their mean cosines on the same images differ by at most this
+SCORE_DRAWS, ATTACK_DRAWS = 16, 4  # of a random JPEG quality: averaged in a score, in a step of an attack
 EPS_CURVE = [0, 1, 2, 4, 8, 16, 32, 64]  # grey levels
 
 
@@ -78,6 +87,9 @@ def checkpoint(text):
 def parse_args(argv=None):
     parser = common.make_parser(__doc__)
     flag = parser.add_argument_group("rows of the table").add_argument
+    trained = "trained models, by the names of their folders"
+    flag("--trainings", choices=TRAININGS, nargs="*", default=["mat", "pgd", "online"], help=trained)
+    flag("--seeds", type=number(1, 100), default=1, help="trainings of each, with --seed and the seeds after it")
     flag("--qualities", type=jpeg_quality, nargs="*", default=[75, 50, 30], help="a JPEG row each; random: from 30-75")
     flag("--defence", action="append", default=[], metavar="ROW+jpegQ", help="a row: JPEG before a model; repeatable")
     model = "a further row: checkpoint or bare visual tower for --model, local-dir:DIR, hf-hub:ORG/NAME; repeatable"
@@ -89,7 +101,7 @@ def parse_args(argv=None):
     flag("--candidates", choices=["evaluation", "mmeb"], default="evaluation", help="whose captions to retrieve from")
     radii = "radii of a curve of every row's R@1 and cosine"
     flag("--radii", type=common.radius, nargs="+", default=[], metavar="EPS", help=radii)
-    flag("--sanity", action="store_true", help="run the battery of checks on every row, and mark those that fail")
+    flag("--sanity", action="store_true", help="check the attack on every row, and mark rows that fail")
     flag("--reproduce", action="store_true", help="first run every missing stage, each as its own command")
     return common.parse_flags(parser, argv, lambda _: "evaluation", lambda _: "eval")
 
@@ -103,8 +115,20 @@ def reproduce(args):
         words = ["--split", split, *words]
         command = common.command_of(generate, args, f"adversarial_{split}", *words, flags=f"{flags} batch_size")
         common.run_script(command)
-    for stage, (script, *words) in STAGES.items():
-        common.run_script(common.command_of(script, args, stage, *words, flags=flags))
+    for folder in args.trainings:
+        for seed in range(args.seed, args.seed + args.seeds):
+            common.run_script(training_command(args, folder, seed, flags)[0])
+
+
+def training_command(args, folder, seed, flags=common.SHARED):
+    """Return the command of a training, and the flags that it has; its output folder is named for the seed."""
+    _, script, *words = TRAININGS[folder]
+    suffix = "" if seed == args.seed else f"_seed{seed}"
+    if suffix and folder.startswith("pgd"):  # trains on the adversarial images of the first seed
+        words += ["--adversarial_dir", common.stage_folder(args, "adversarial_train")]
+    output_dir = str(common.stage_folder(args, folder + suffix))
+    given = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": output_dir})
+    return common.command_of(script, given, folder, *words, flags=flags, suffix=suffix), given
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,10 +137,11 @@ def reproduce(args):
 
 @dataclass
 class Spec:
-    """A row of the table before anything is loaded."""
+    """A model and what is in front of it, before anything is loaded."""
 
+    row: str  # of the table; the seeds of a training share one
     source: str | None = None  # of load_clip(); None is the original model
-    qualities: tuple = ()  # of the JPEG steps in front of it, in order; 'random' is drawn anew at each look
+    qualities: tuple = ()  # of the JPEG steps in front of it, in order; 'random' is drawn anew in each call
     seconds: float | None = None  # training time
     note: str | None = None  # what a reader of its figures must know
 
@@ -133,9 +158,17 @@ class Row:
     qualities: tuple = ()  # of Spec
     key: str = ""  # digest of row_key()
 
-    def view(self, encode_image, seed, codec=jpeg, here=None):
-        """encode_image of the whole defence; its random draws start from seed; here: slice of the images that come."""
-        return through(codec, self.qualities, encode_image, seed, here and (len(self.pixels), here))
+    def defended_encoder(self, encode_image, seed, codec=jpeg, here=None, draws=SCORE_DRAWS):
+        """Return encode_image of the whole defence.
+
+        seed    of its random draws
+        codec   jpeg, or differentiable_jpeg for gradients
+        here    the slice of the row's images that is encoded in each call
+        draws   how many random draws the features of a call are averaged over
+        """
+        draws = draws if "random" in self.qualities else 1
+        among = here and (len(self.pixels), here)
+        return with_jpeg(codec, self.qualities, encode_image, seed, among, draws)
 
     def part(self, index):
         """The row with some of its images alone."""
@@ -144,37 +177,63 @@ class Row:
 
 
 def list_rows(args):
-    """Return the rows in the table's order, {name: Spec}; those of trainings where they are finished."""
-    specs = {"original": Spec()}
-    for name, stage in TRAINED.items():
-        folder = common.stage_folder(args, stage)
-        if not (folder / "metrics.json").exists():
-            print(f"no finished run in {folder}: the row {name} is left out")
-            continue
-        script, *words = STAGES[stage]
-        command = common.command_of(script, args, stage, *words)
-        record = common.require_same(folder, args, "model", "pretrained", "eps", "seed", command=command)
-        if not (folder / "open_clip_config.json").is_file():
-            again = common.command_line(*command, "--overwrite")
-            fail(f"{folder} has no open_clip_config.json, and is no model of today. To make it again: {again}")
-        specs[name] = Spec(f"local-dir:{folder}", (), record["training_seconds"], common.code_note(folder))
-    taken = {"original", *TRAINED, *TRAINED.values(), *(f"JPEG {q}" for q in args.qualities)}
+    """Return {name: Spec} in the table's order; of trainings the finished ones, each seed under a name of its own."""
+    specs = {"original": Spec("original")}
+    for folder_name in args.trainings:
+        row = TRAININGS[folder_name][0]
+        for seed in range(args.seed, args.seed + args.seeds):
+            command, given = training_command(args, folder_name, seed)
+            folder = Path(given.output_dir)
+            if not (folder / "metrics.json").exists():
+                print(f"{folder} has no finished run: it is left out of the row {row}")
+                continue
+            flags = ["model", "pretrained", "eps", "seed"]
+            record = common.require_same(folder, given, *flags, command=command)
+            if not (folder / "open_clip_config.json").is_file():
+                again = common.command_line(*command, "--overwrite")
+                fail(f"{folder} has no open_clip_config.json: it is of an earlier version. To make it again: {again}")
+            seconds, note = record["training_seconds"], common.code_note(folder)
+            specs[seed_name(row, seed, args)] = Spec(row, f"local-dir:{folder}", (), seconds, note)
+    rows = {"original", *(row for row, *_ in TRAININGS.values())}
+    taken = {*rows, *TRAININGS, *REPORT_NAMES.values(), *(f"JPEG {quality}" for quality in args.qualities)}
     for name, source in args.checkpoint:
         if name in taken:
             fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
         taken.add(name)
-        specs[name] = Spec(source)
-    short = {stage: name for name, stage in TRAINED.items()}  # --defence takes the name of a stage's folder, too
-    defences = {f"JPEG {q}": f"original+jpeg{q}" for q in args.qualities} | {spec: spec for spec in args.defence}
+        specs[name] = Spec(name, source)
+    # --defence takes the name of a training's folder, and the report's, too
+    short = {folder: row for folder, (row, *_) in TRAININGS.items()}
+    short |= {name: row for row, name in REPORT_NAMES.items()}
+    defences = {f"JPEG {quality}": f"original+jpeg{quality}" for quality in args.qualities}
+    for text in args.defence:
+        if text in taken:
+            fail(f"--defence {text}: there is a row of that name already; choose another")
+        defences[text] = text
     for name, text in defences.items():
         model, *steps = text.split("+")
-        if name in taken and name in args.defence:
-            fail(f"--defence {text}: there is a row of that name already; choose another")
         with common.about(f"--defence {text}: write MODEL+jpegQ, MODEL one of {', '.join(specs)}"):
             steps = tuple(jpeg_quality(re.fullmatch("jpeg(.+)", step)[1]) for step in steps)
-            behind = specs[short.get(model, model)]
-            specs[name] = replace(behind, qualities=behind.qualities + steps)
+            model = short.get(model, model)
+            models = {label: spec for label, spec in specs.items() if spec.row == model}
+            if not models:
+                raise KeyError(model)
+        for label, spec in models.items():
+            label = name + label.removeprefix(model)
+            specs[label] = replace(spec, row=name, qualities=spec.qualities + steps)
+    for one, other in itertools.combinations(specs, 2):
+        if image_folder(one) == image_folder(other):
+            fail(f"the rows {one} and {other} would save their images in the same folder: choose another name")
     return specs
+
+
+def seed_name(row, seed, args):
+    """Return the name of a training's figures: its row, and the seed where it is not the first."""
+    return row if seed == args.seed else f"{row}, seed {seed}"
+
+
+def image_folder(name):
+    """Return the name of the folder with the white-box images of a row."""
+    return re.sub(r"[^\w.+-]+", "_", name).strip("._").lower() or "row"
 
 
 def row_attack(args, spec):
@@ -252,12 +311,14 @@ def forgive_equal_captions(row):
 
 
 def score(row, pixels, seed, gallery=None):
-    """Every image against every caption: similarity, lead over the hardest other caption, ranks from 0; (N,) each.
+    """Score every image against every caption: similarity, margin over the hardest other caption, ranks from 0; (N,).
 
     gallery   clean_gallery(row): text to image, each of these images is then looked for among clean other ones; without
               it, among each other
+
+    For a defence with random draws the cosines are means over SCORE_DRAWS of them.
     """
-    features = row.clip.encode_pixels(pixels, row.view(row.clip.encode_image, seed))
+    features = row.clip.encode_pixels(pixels, row.defended_encoder(row.clip.encode_image, seed))
     cosines = (features @ row.clip.encode_text(row.captions).T).cpu()  # (N, M)
     own = row.own[:, None]
     similarity = cosines.gather(1, own)  # (N, 1)
@@ -274,26 +335,26 @@ def score(row, pixels, seed, gallery=None):
 
 def clean_gallery(row, seed):
     """Return the cosines of each image's own caption (row) with every clean image (column): (N, N)."""
-    features = row.clip.encode_pixels(row.pixels, row.view(row.clip.encode_image, seed))
+    features = row.clip.encode_pixels(row.pixels, row.defended_encoder(row.clip.encode_image, seed))
     return (row.clip.encode_text([row.captions[i] for i in row.own]) @ features.T).cpu()
 
 
 def attack_row(attack, row, run=None):
-    """One attack on one row, from noise if it has a seed, else from the transferred images: pixels_adv, its health."""
+    """Attack a row once, from noise if the attack has a seed, else from the transferred images: pixels_adv, health."""
     clip, encode = row.clip, row.clip.frozen()
     text_features = clip.encode_text(row.captions)
     own, allowed = row.own[:, None].to(clip.device), row.allowed.to(clip.device)
 
     def loss_at(here):
-        # what is random is drawn anew in each step: the momentum is the expectation over it
-        view = row.view(encode, attack.seed or 0, differentiable_jpeg, here)
+        # random draws are made anew in each step: the momentum averages over them, too
+        defended = row.defended_encoder(encode, attack.seed or 0, differentiable_jpeg, here, ATTACK_DRAWS)
 
         def margin(images):  # the lead of the hardest other caption over the own one
-            cosines = view(images) @ text_features.T  # (B, M)
+            cosines = defended(images) @ text_features.T  # (B, M)
             others = cosines.masked_fill(~allowed[here], -torch.inf).scatter(1, own[here], -torch.inf)
             return others.amax(1) - cosines.gather(1, own[here])[:, 0]
 
-        return margin if attack.loss == "margin" else common.own_caption(view, text_features[own[:, 0]])(here)
+        return margin if attack.loss == "margin" else common.own_caption(defended, text_features[own[:, 0]])(here)
 
     start = row.transfer if attack.seed is None else None
     what = f"{row.name}, {attack.loss}" + ", bf16" * clip.bf16
@@ -301,7 +362,10 @@ def attack_row(attack, row, run=None):
 
 
 def attack_both(attack, row, seed, run=None):
-    """The cosine attack, and on its result the margin attack where the own caption is first: [pixels_adv], [health]."""
+    """Attack a row's cosine, and from there the margin of images whose own caption is still first.
+
+    returns   [pixels_adv of each], [health of each]; one of each where no own caption is first any more
+    """
     lowest, health = attack_row(attack, row, run)
     ranks = common.gather(score(row, lowest, seed)["rank_i2t"])[0]  # rank 0's floats decide for all
     first, narrowest = np.flatnonzero(ranks == 0), lowest.clone()
@@ -312,11 +376,46 @@ def attack_both(attack, row, seed, run=None):
     return [lowest, narrowest], [health, health_margin]
 
 
+def choose_steps(row, attack, seed, run=None):
+    """Look on some of a row's images whether twice the steps lower the mean cosine by more than MARGIN.
+
+    Through JPEG the steps are doubled once where they do. Choosing an attack on evaluation images only makes it
+    stronger.
+
+    returns   the attack; {"steps": its steps, "fall": of the mean cosine when they are doubled}
+    """
+    few = row.part(slice(CONVERGENCE_IMAGES))
+
+    def cosines(attack):
+        return score(few, attack_row(attack, few, run)[0], seed)["similarity"]
+
+    most_steps, found = attack.steps * (2 if row.qualities else 1), cosines(attack)
+    while True:
+        longer = replace(attack, steps=2 * attack.steps)
+        found_longer = cosines(longer)
+        fall = common.gather(float((found - found_longer).mean()))[0]
+        if fall <= MARGIN or attack.steps == most_steps:
+            return attack, {"steps": attack.steps, "fall": fall}
+        attack, found = longer, found_longer
+
+
+@dataclass
+class Measured:
+    """The figures of one row, and the attacked images behind them."""
+
+    conditions: dict  # {clean, transfer, white_box: {measure: (N,)}}
+    convergence: dict  # of choose_steps()
+    health: dict  # of the attacks
+    lowest: torch.Tensor  # uint8 (N, 3, H, W), of each image the attacked one of the lowest cosine
+    outranked: dict  # {index: (pixels, cosine, rank)} where only another attacked image loses its own caption
+
+
 def measure(row, attack, starts, seed, run=None):
-    """One row under every condition: {condition: {measure: (N,)}}, the images of lowest cosine, health."""
+    """Measure one row under every condition."""
     gallery = clean_gallery(row, seed)
     clean, transfer = (score(row, pixels, seed, gallery) for pixels in (row.pixels, row.transfer))
     print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
+    attack, convergence = choose_steps(row, attack, seed, run)
     # the transferred images count as white-box, too, in the ball that those of another geometry may have left
     levels = common.grey_levels(attack.eps)
     low, high = np.maximum(row.pixels, levels) - levels, np.minimum(row.pixels, 255 - levels) + levels
@@ -327,8 +426,40 @@ def measure(row, attack, starts, seed, run=None):
     scored = [score(row, pixels, seed, gallery) for pixels in sets]
     every = {key: np.stack([values[key] for values in scored]) for key in transfer}  # (sets, N)
     worst = {key: values.max(0) if key.startswith("rank") else values.min(0) for key, values in every.items()}
-    lowest = torch.stack(sets)[every["similarity"].argmin(0), torch.arange(len(row.pixels))]
-    return {"clean": clean, "transfer": transfer, "white_box": worst}, lowest, common.sum_health(healths)
+    cosines, ranks, images = every["similarity"], every["rank_i2t"], torch.stack(sets)
+    by_cosine, by_rank, outranked = cosines.argmin(0), ranks.argmax(0), {}
+    for i, (low, high) in enumerate(zip(by_cosine, by_rank)):
+        if ranks[low, i] == 0 < ranks[high, i]:
+            outranked[i] = images[high, i], float(cosines[high, i]), int(ranks[high, i])
+    conditions = {"clean": clean, "transfer": transfer, "white_box": worst}
+    lowest = images[by_cosine, torch.arange(len(row.pixels))]
+    return Measured(conditions, convergence, common.sum_health(healths), lowest, outranked)
+
+
+def save_white_box(folder, measured, examples):
+    """Save the images behind a row's white-box figures as PNGs, in the ImageFolder form.
+
+    lowest/      of each image the one of the lowest cosine
+    outranked/   of images that keep their own caption there the one that loses it
+    """
+    captions, ids, names = examples["caption"][:], examples["coco_id"][:], examples["name"][:]
+    similarities, ranks = (measured.conditions["white_box"][key].tolist() for key in ("similarity", "rank_i2t"))
+    images = []
+    for i, pixels in enumerate(measured.lowest):
+        rank = 0 if i in measured.outranked else ranks[i]
+        images.append(("lowest", i, pixels, similarities[i], rank))
+    images += [("outranked", i, *found) for i, found in measured.outranked.items()]
+    for kind in ("lowest", "outranked"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        for file in (folder / kind).glob("*.png"):  # of a run before
+            file.unlink()
+    lines = []
+    for kind, i, pixels, similarity, rank in images:
+        file = f"{kind}/{names[i]}.png"
+        common.save(folder / file, Image.fromarray(pixels.numpy().transpose(1, 2, 0)))
+        about = {"caption": captions[i], "coco_id": ids[i], "similarity": similarity, "rank_i2t": rank}
+        lines.append(json.dumps({"file_name": file} | about) + "\n")
+    common.save(folder / "metadata.jsonl", "".join(lines))
 
 
 def radius_curve(row, args, conditions, run=None):
@@ -381,63 +512,128 @@ def improvement_interval(lost, lost_0, seed):
     return np.quantile([1 - lost[d].mean(1) / lost_0[d].mean(1) for d in draws], [0.025, 0.975]).tolist()
 
 
-def summarise(conditions, seed, original=None):
-    """Means, intervals, recalls, attack success rates and drops of one row; improvements over the original.
+def summarise(per_seed, seed, original=None):
+    """Summarise a row: means, intervals over the images, recalls, success rates, drops, improvement over the original.
 
-    conditions, original   measure()'s first result, of the row and of the original model
+    per_seed   the conditions of measure() for each seed of the training: every figure is a mean over them, every
+               interval one over the images of each image's mean
+    original   the conditions of the original model
     """
-    summary = {"n": len(conditions["clean"]["similarity"])}
-    for name, values in conditions.items():
-        summary[f"{name}_similarity"] = float(values["similarity"].mean())
-        summary[f"{name}_interval"] = interval(values["similarity"], seed)
+    def mean(condition, figure):
+        """Each image's mean over the seeds of figure(values of the condition), (N,)."""
+        return np.mean([figure(conditions[condition]) for conditions in per_seed], axis=0)
+
+    summary = {"n": len(per_seed[0]["clean"]["similarity"])}
+    for name in CONDITIONS:
+        similarity = mean(name, lambda values: values["similarity"])
+        summary[f"{name}_similarity"] = float(similarity.mean())
+        summary[f"{name}_interval"] = interval(similarity, seed)
         aside = "" if name == "clean" else "_not_attacked"  # margins and @5 of images attacked for similarity and @1
-        summary[f"{name}_margin{aside}"] = float(values["margin"].mean())
+        summary[f"{name}_margin{aside}"] = float(mean(name, lambda values: values["margin"]).mean())
         for direction in ("i2t", "t2i"):
-            first = values[f"rank_{direction}"] < 1
+            first = mean(name, lambda values, rank=f"rank_{direction}": values[rank] < 1)
             summary[f"{name}_recall_{direction}@1"] = float(first.mean())
-            summary[f"{name}_recall_{direction}@1_interval"] = wilson(int(first.sum()), len(first))
-            summary[f"{name}_recall_{direction}@5{aside}"] = float((values[f"rank_{direction}"] < 5).mean())
-        if name != "clean":
-            right = conditions["clean"]["rank_i2t"] == 0
-            wrong_now = values["rank_i2t"][right] > 0
-            summary[f"{name}_success_rate"] = float(wrong_now.mean()) if right.any() else None
-            clean, adversarial = summary["clean_similarity"], summary[f"{name}_similarity"]
-            summary[f"{name}_drop"] = (clean - adversarial) / clean  # above 1 when the similarity turns negative
-            if original:
-                both = conditions, original
-                lost, lost_0 = (each["clean"]["similarity"] - each[name]["similarity"] for each in both)
-                before = (float(original[kind]["similarity"].mean()) for kind in ("clean", name))
-                summary[f"improvement_{name}"] = improvement(clean, adversarial, *before)
-                summary[f"improvement_{name}_interval"] = improvement_interval(lost, lost_0, seed)
+            summary[f"{name}_recall_{direction}@1_interval"] = wilson(float(first.sum()), len(first))
+            fifth = mean(name, lambda values, rank=f"rank_{direction}": values[rank] < 5)
+            summary[f"{name}_recall_{direction}@5{aside}"] = float(fifth.mean())
+        if name == "clean":
+            continue
+        rates = [success_rate(conditions["clean"], conditions[name]) for conditions in per_seed]
+        summary[f"{name}_success_rate"] = None if None in rates else float(np.mean(rates))
+        clean, adversarial = summary["clean_similarity"], summary[f"{name}_similarity"]
+        summary[f"{name}_drop"] = (clean - adversarial) / clean  # above 1 when the similarity turns negative
+        if original:
+            before = [original[kind]["similarity"] for kind in ("clean", name)]
+            means = (float(values.mean()) for values in before)
+            summary[f"improvement_{name}"] = improvement(clean, adversarial, *means)
+            lost = mean("clean", lambda values: values["similarity"]) - similarity
+            summary[f"improvement_{name}_interval"] = improvement_interval(lost, before[0] - before[1], seed)
     return summary
 
 
-def compare_rows(per_row, seed):
-    """Paired differences of white-box similarity and R@1 between every two rows, with 95 % bootstrap intervals."""
+def success_rate(clean, attacked):
+    """Return the share of images that no longer rank their own caption first, of those that did; None if none did."""
+    right = clean["rank_i2t"] == 0
+    return float((attacked["rank_i2t"][right] > 0).mean()) if right.any() else None
+
+
+def summarise_rows(record, specs, seed):
+    """Return {row: its summary} in the table's order.
+
+    per_seed        {name: summary} of a row with several seeds
+    not_converged   whether twice the steps lower its white-box cosine by more than MARGIN, on some of its images, with
+                    any seed; the largest such fall is "fall", the steps are "steps"
+    """
+    names = {}
+    for name, spec in specs.items():
+        names.setdefault(spec.row, []).append(name)
+    original, rows = record["per_image"]["original"], {}
+    for row, members in names.items():
+        compared = original if row != "original" else None
+        rows[row] = summarise([record["per_image"][name] for name in members], seed, compared)
+        single = {name: summarise([record["per_image"][name]], seed, compared) for name in members}
+        rows[row]["per_seed"] = single if len(members) > 1 else {}
+        fall = max(fall_of(record, name) for name in members)
+        rows[row] |= {"fall": fall, "not_converged": fall > MARGIN}
+        rows[row]["steps"] = record["convergence"][members[0]]["steps"]
+        seconds = [specs[name].seconds for name in members]
+        rows[row]["training_seconds"] = None if None in seconds else float(np.mean(seconds))
+        rows[row]["gradients"] = record["row_gradients"][members[0]]
+        rows[row]["note"] = next((specs[name].note for name in members if specs[name].note), None)
+        rows[row]["members"] = members
+    return rows
+
+
+def fall_of(record, name):
+    """Return by how much more steps lower the mean cosine of some images: twice, and with --sanity five times."""
+    return max(record["convergence"][name]["fall"], record["sanity"].get(name, {}).get("fall", 0))
+
+
+def compare_rows(record, seed):
+    """Compare every two rows on the same images: differences of white-box similarity and R@1, with 95 % intervals.
+
+    Two rows are separated in similarity if the interval excludes zero by more than what more steps still take from
+    either, and if no seed of the one lies among the seeds of the other.
+    """
     pairs = []
-    for rows in itertools.combinations(per_row, 2):
-        one, other = (per_row[name]["white_box"] for name in rows)
-        similarity = one["similarity"] - other["similarity"]
-        recall = (one["rank_i2t"] < 1).astype(float) - (other["rank_i2t"] < 1)
-        low, high = interval(similarity, seed)
-        pairs.append({"rows": [*rows], "similarity": float(similarity.mean()), "similarity_interval": [low, high]})
+    for names in itertools.combinations(record["rows"], 2):
+        rows = [record["rows"][name] for name in names]
+        similarities, recalls = [], []  # of each row
+        for row in rows:
+            members = [record["per_image"][name]["white_box"] for name in row["members"]]
+            similarities.append([values["similarity"] for values in members])
+            recalls.append([values["rank_i2t"] < 1 for values in members])
+        difference, recall = (np.mean(one, 0) - np.mean(other, 0) for one, other in (similarities, recalls))
+        low, high = interval(difference, seed)
+        slack = max(row["fall"] if row["not_converged"] else 0 for row in rows)
+        means = [[float(values.mean()) for values in members] for members in similarities]
+        overlap = max(means[0]) >= min(means[1]) and max(means[1]) >= min(means[0])
+        pairs.append({"rows": [*names], "similarity": float(difference.mean()), "similarity_interval": [low, high]})
         pairs[-1] |= {"recall_i2t@1": float(recall.mean()), "recall_i2t@1_interval": interval(recall, seed)}
-        pairs[-1]["separated"] = not low <= 0 <= high
+        pairs[-1]["separated"] = (low > slack or high < -slack) and not overlap
     return pairs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The sanity battery: what an attack's figure must survive before it is believed
+# Sanity checks: what the figure of an attack must pass before it is believed
+
+PASS, FAIL, NOT_CONVERGED = "PASS", "FAIL", "NOT CONVERGED"
 
 
 def sanity(row, attack, seed, run=None):
-    """Carlini et al. 2019 (arXiv:1902.06705), section 5, on one row: [(check, holds, figures)], its eps curve."""
+    """Check the attack on one row (Carlini et al. 2019, arXiv:1902.06705, section 5): a dict with
+
+    checks      [(check, PASS, FAIL or NOT CONVERGED, figures)]; attacks are compared on the same images, with MARGIN
+    fall        by how much five times the steps lower the mean cosine
+    eps_curve   [(grey levels, mean cosine, R@1)]
+    """
+    checks = []
 
     def attacked(**changes):
         return attack_row(replace(attack, **changes), row, run)
 
-    def similarity(pixels, look=seed):
-        return score(row, pixels, look)["similarity"]
+    def similarity(pixels, seed=seed):
+        return score(row, pixels, seed)["similarity"]
 
     def under_both(**changes):
         """Similarities under the cosine attack, and whether the own caption is first under both attacks, (N,) each."""
@@ -447,55 +643,59 @@ def sanity(row, attack, seed, run=None):
 
     pixels_adv, health = attacked()
     base, first = under_both()
-    figure, (low, high) = float(base.mean()), interval(base, seed)
-    text = f"{figure:.3f} [{low:.3f}, {high:.3f}]"
+    figure = float(base.mean())
 
     further, still = under_both(steps=5 * attack.steps)
-    # where no own caption is first any more, the cosine's further fall is printed alone: it cannot fall where it counts
-    allowed = SETTLED if first.any() else math.inf
-    holds = figure - further.mean() <= allowed and first.sum() - still.sum() <= 1
-    fall = f"{attack.steps} steps {figure:.3f}, five times as many {further.mean():.3f}"
-    fall += f"; R@1 {first.mean():.2f}, {still.mean():.2f}"
-    checks = [(f"five times the steps lower it by at most {SETTLED} and one image", bool(holds), fall)]
+    fall = float((base - further).mean())
+    converged = fall <= MARGIN and first.sum() - still.sum() <= 1
+    figures = f"{attack.steps} steps {figure:.3f}, five times as many {further.mean():.3f}"
+    figures += f"; R@1 {first.mean():.2f}, {still.mean():.2f}"
+    check = f"five times the steps lower the cosine by at most {MARGIN}, R@1 by at most one image"
+    checks.append((check, PASS if converged else NOT_CONVERGED, figures))
 
     starts = [base, *(similarity(attacked(seed=seed + 7919 * which)[0]) for which in (1, 2))]
-    worst = float(np.minimum.reduce(starts).mean())
-    three = f"{figure:.3f}, of three {worst:.3f}"
-    checks.append((f"three starts lower it by at most {SETTLED}", figure - worst <= allowed, three))
+    lowest = np.minimum.reduce(starts)
+    converged = (base - lowest).mean() <= MARGIN
+    figures = f"{figure:.3f}, lowest of three for each image {lowest.mean():.3f}"
+    checks.append((f"three starts lower it by at most {MARGIN}", PASS if converged else NOT_CONVERGED, figures))
 
     clean = score(row, row.pixels, seed)
-    looks = [(clean["similarity"], clean["rank_i2t"] < 1)]
+    found = [(clean["similarity"], clean["rank_i2t"] < 1)]
     for levels in EPS_CURVE[1:]:  # as many steps, each as large a part of the radius
-        looks.append(under_both(eps=levels / 255, alpha=attack.alpha * (levels / 255 / attack.eps)))
-    curve = [(levels, float(cosine.mean()), float(first.mean())) for levels, (cosine, first) in zip(EPS_CURVE, looks)]
-    falls = all(b[1] <= a[1] + 0.02 for a, b in zip(curve, curve[1:]))
-    recalls = "R@1 " + ", ".join(f"{recall:.2f} at {levels}" for levels, _, recall in curve)
-    checks.append(("larger eps ends in total failure", falls and curve[-1][2] <= 0.05, recalls))
+        found.append(under_both(eps=levels / 255, alpha=attack.alpha * (levels / 255 / attack.eps)))
+    curve = [(levels, float(cosine.mean()), float(first.mean())) for levels, (cosine, first) in zip(EPS_CURVE, found)]
+    recalls = [recall for *_, recall in curve]
+    falls = all(larger <= smaller for smaller, larger in zip(recalls, recalls[1:]))
+    figures = "R@1 " + ", ".join(f"{recall:.2f} at {levels}" for levels, _, recall in curve)
+    checks.append(("R@1 falls with eps, to at most 0.05", PASS if falls and recalls[-1] <= 0.05 else FAIL, figures))
 
     signs = np.random.default_rng([seed, 99]).choice([-1, 1], row.pixels.shape)
     noisy = (row.pixels + common.grey_levels(attack.eps) * signs).clip(0, 255).astype(np.uint8)
     noise = float(similarity(noisy).mean())
-    checks.append(("the attack beats random noise of its size", figure < noise, f"{figure:.3f}, noise {noise:.3f}"))
+    figures = f"{figure:.3f}, noise {noise:.3f}"
+    checks.append(("it is stronger than random noise of its size", PASS if figure < noise else FAIL, figures))
 
     gap = similarity(row.transfer) - base
-    transfers = f"transfer minus white-box {gap.mean():+.3f}"
-    checks.append(("transfer does not beat white-box", interval(gap, seed)[1] >= 0, transfers))
+    figures = f"transfer minus white-box {gap.mean():+.3f}"
+    checks.append(("transferred images are no stronger", PASS if gap.mean() >= -MARGIN else FAIL, figures))
 
     dead, broken = health["images_with_zero_gradients"], health["images_with_nonfinite_values"]
-    counts = f"{dead} images with a zero gradient, {broken} with a value not finite, of {len(row.pixels)}"
-    checks.append(("gradients are there and finite", dead == broken == 0, counts))
+    figures = f"{dead} images with a zero gradient, {broken} with a value that is not finite, of {len(row.pixels)}"
+    checks.append(("gradients are there and finite", PASS if dead == broken == 0 else FAIL, figures))
 
     again = similarity(pixels_adv, seed + 1)
-    apart, mean = float(np.abs(base - again).max()), float(again.mean())
-    same = low <= mean <= high if "random" in row.qualities else apart < 1e-3
-    checks.append(("another look gives the same", same, f"{text}, again {mean:.3f}, an image by at most {apart:.1e}"))
+    apart, shift = float(np.abs(base - again).max()), float((again - base).mean())
+    same = abs(shift) <= MARGIN if "random" in row.qualities else apart < 1e-3
+    figures = f"other draws change the mean by {shift:+.4f}, an image by at most {apart:.1e}"
+    checks.append(("scores are reproducible", PASS if same else FAIL, figures))
 
     if row.clip.bf16:
         row.clip.bf16 = False
-        exact = float(similarity(attacked()[0]).mean())
+        exact = similarity(attacked()[0])
         row.clip.bf16 = True
-        checks.append(("an fp32 attack is no stronger", exact >= low, f"bf16 {text}, fp32 {exact:.3f}"))
-    return checks, curve
+        figures = f"bf16 {figure:.3f}, fp32 {exact.mean():.3f}"
+        checks.append(("an fp32 attack is no stronger", PASS if (base - exact).mean() <= MARGIN else FAIL, figures))
+    return {"checks": checks, "fall": fall, "eps_curve": curve}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,58 +715,91 @@ def setting(record):
 
 
 def marks_of(record):
-    """{row: its marks}: (!) it failed a check or its attack lacked a gradient, (?) it may not be loaded as trained, (*)
-    it has a note."""
+    """Return {row: its marks}, which MARKS explains."""
     marks, least = {}, record["rows"]["original"]["clean_recall_i2t@1"] / 3
     for name, row in record["rows"].items():
-        health, checks = record["health"][name], record["sanity"].get(name, {}).get("checks", [])
-        failed = health["images_with_zero_gradients"] + health["images_with_nonfinite_values"] > 0
-        failed |= any(not holds for _, holds, _ in checks)
+        failed = False
+        for member in row["members"]:
+            health, checks = record["health"][member], record["sanity"].get(member, {}).get("checks", [])
+            failed |= health["images_with_zero_gradients"] + health["images_with_nonfinite_values"] > 0
+            failed |= any(result == FAIL for _, result, _ in checks)
         marks[name] = " (!)" * failed + " (?)" * (row["clean_recall_i2t@1"] < least) + " (*)" * bool(row["note"])
     return marks
 
 
-DOUBT = """\
-(?): clean R@1 is under a third of the original's. Look for a configuration without the quick_gelu that the weights
-want, weights of another model, or captions that its text tower does not know."""
+MARKS = {
+    "(!)": "its attack met gradients that vanish or are not finite, or it fails a sanity check: do not trust its "
+    "white-box figures.",
+    "(?)": "clean R@1 is under a third of the original's. Look for a configuration without the quick_gelu that the "
+    "weights want, weights of another model, or captions that its text tower does not know.",
+}
 
 
 def report_of(record):
-    """The report's figures, if model and budget are the report's."""
+    """Return the report's figures where model, images and attack are the report's, else none."""
     same = ("model", "pretrained", "eval_data", "eps", "alpha", "steps")
     default = vars(parse_args([]))
     return REPORT if all(record["args"][key] == default[key] for key in same) else {}
 
 
 def notes_on(record, marks, shown=str):
-    """What stands under the table: the pairs of rows that are not separated, what (?) means, and the rows' notes."""
+    """Return the notes under a table: what is not separated or not converged, of how many seeds, the marks."""
     pairs = [" ~ ".join(map(shown, pair["rows"])) for pair in record["paired"] if not pair["separated"]]
-    what = "not separated in white-box similarity after these steps (95 % paired, over the images): "
-    notes = [what + ("; ".join(pairs) or "none, every pair differs") + "."]
-    notes += [DOUBT] if "(?)" in "".join(marks.values()) else []
-    rows = {shown(name): row["note"] for name, row in record["rows"].items() if row["note"]}
-    notes += [f"(*) {name}: {shown(note)}" for name, note in rows.items()]
+    notes = [f"Not separated in white-box cosine: {'; '.join(pairs) or 'none, every pair differs'}."]
+    falls = [f"{shown(name)} {row['fall']:.3f}" for name, row in record["rows"].items() if row["not_converged"]]
+    if falls:
+        what = "<= marks an attack that has not converged: more steps lower the mean cosine further"
+        notes.append(f"{shown(what)}: {'; '.join(falls)}.")
+    doubled = [name for name, row in record["rows"].items() if row["steps"] > record["args"]["attack_steps"]]
+    if doubled:
+        notes.append(f"{'; '.join(map(shown, doubled))}: {2 * record['args']['attack_steps']} steps.")
+    if any(row["training_seconds"] is not None and not row["per_seed"] for row in record["rows"].values()):
+        notes.append("Each trained row is of one seed, which is one draw: --reproduce --seeds 3 trains it three times.")
+    notes += [shown(f"{mark}: {text}") for mark, text in MARKS.items() if mark in "".join(marks.values())]
+    notes += [f"(*) {shown(name)}: {shown(row['note'])}" for name, row in record["rows"].items() if row["note"]]
     return notes + ([f"transfer: {shown(record['transfer_note'])}"] if record["transfer_note"] else [])
 
 
+def range_of(row, key):
+    """Return the lowest and highest of a figure over the seeds of a row, or None."""
+    values = [summary[key] for summary in row["per_seed"].values()]
+    return (min(values), max(values)) if values else None
+
+
 def console_table(record):
-    """The table at 80 columns."""
+    """Return the table at 80 columns."""
     marks, report = marks_of(record), report_of(record)
     lines = [
         *setting(record),
         "",
-        f"{'':21}{'similarity':^23}{'improvement':^16}{'R@1 i2t':^12}{'train':>8}",
-        f"{'':21}{'clean':>7}{'transfer':>9}{'w-box':>7}{'transf.':>8}{'w-box':>8}{'clean':>6}{'w-box':>6}{'time':>8}",
+        f"{'':20}{'similarity':^25}{'improvement':^17}{'R@1 i2t':^13}{'train':>5}",
+        f"{'':20}{'clean':>7}{'transfer':>9}{'w-box':>9}{'transf.':>8}{'w-box':>9}{'clean':>6}{'w-box':>6}{'time':>6}",
     ]
+
+    def figures(values, bound=""):
+        """Cells of a line; values: (row's key) -> number or None."""
+        cells = [f"{values('clean_similarity'):7.3f}{values('transfer_similarity'):9.3f}"]
+        cells.append(f"{bound + format(values('white_box_similarity'), '.3f'):>9}")
+        gains = values("improvement_transfer"), values("improvement_white_box")
+        cells.append(f"{percent(gains[0]):>8}{(bound if gains[1] is not None else '') + percent(gains[1]):>9}")
+        cells.append(f"{values('clean_recall_i2t@1'):6.2f}{values('white_box_recall_i2t@1'):6.2f}")
+        return "".join(cells)
+
     for name, row in record["rows"].items():
-        cells = [f"{name[: 21 - len(marks[name])] + marks[name]:21}"]
-        cells += [f"{row[f'{kind}_similarity']:{width}.3f}" for kind, width in zip(CONDITIONS, (7, 9, 7))]
-        cells += [f"{percent(row.get(f'improvement_{kind}')):>8}" for kind in ("transfer", "white_box")]
-        cells += [f"{row[f'{kind}_recall_i2t@1']:6.2f}" for kind in ("clean", "white_box")]
-        lines.append("".join(cells) + f"{duration(row['training_seconds']):>8}")
+        bound = "<=" if row["not_converged"] else ""
+        title = name[: 20 - len(marks[name])] + marks[name]
+        lines.append(f"{title:20}{figures(row.get, bound)}{short_duration(row['training_seconds']):>6}")
+        if row["per_seed"]:
+            count = len(row["per_seed"])
+            for which, word in enumerate(("lowest", "highest")):
+                values = figures(lambda key, row=row, which=which: (range_of(row, key))[which], bound)
+                lines.append(f"{f'  {word} of {count} seeds':20}{values}")
         if name in report:
             clean, adversarial, gain = report[name]
-            lines.append(f"{'  the report':21}{clean:7.3f}{adversarial:9.3f}{'':7}{percent(gain):>8}")
+            title = f"  report{': ' + REPORT_NAMES[name] if name in REPORT_NAMES else ''}"
+            lines.append(f"{title[:20]:20}{clean:7.3f}{adversarial:9.3f}{'':9}{percent(gain):>8}")
+        elif name in REPORT_NAMES:
+            lines.append(f"  (the report's {REPORT_NAMES[name]})")
     if record["radii"]:
         (_, *header), *rows = radius_lines(record)
         lines += ["", f"{'R@1, cosine at':20}" + "".join(f"{cell:>12}" for cell in header)]
@@ -577,20 +810,35 @@ def console_table(record):
     return "\n".join(lines)
 
 
+def short_duration(seconds):
+    """Return a time in at most five characters."""
+    return duration(seconds).replace(" min", "m").replace(" h", "h").replace(" s", "s")
+
+
 NOTES = """\
-In brackets 95 % intervals over the images, by bootstrap, of shares by Wilson's formula. transfer: attacked once on the
-original model. white-box: the worst for each image of the transferred one and of momentum PGD on the defence itself,
-under the cosine loss and, where the own caption still comes first, under the margin loss; for JPEG through a
-differentiable codec. improvement: the share of the original model's drop that the defence takes away. R@1: image to
-text / text to image, where one attacked image stands among clean ones. success: own caption no longer first, of the
-images whose own caption was first when clean. training: wall time, offline images included. A model of another input
-size is attacked in its own pixels; the transferred images reach it as files do, through its own preprocessing. Where
-R@1 is 0, the cosine still falls with further steps."""
+In brackets 95 % intervals over the images, by bootstrap, of shares by Wilson's formula; of several seeds those of each
+image's mean, and in parentheses the lowest and highest seed. transfer: attacked once on the original model. white-box:
+the worst for each image of the transferred one and of momentum PGD on the defence itself, under the cosine loss and,
+where the own caption still comes first, under the margin loss; for JPEG through a differentiable codec. improvement:
+the share of the original model's drop that the defence takes away. R@1: image to text / text to image, where one
+attacked image stands among clean ones. success: own caption no longer first, of the images whose own caption was first
+when clean. training: wall time of one, offline images included. A model of another input size is attacked in its own
+pixels; the transferred images reach it as files do, through its own preprocessing."""
+
+
+def radius_curves(record):
+    """Return the curves of --radii of the rows that have them, means over the seeds: {row: [(levels, cosine, R@1)]}."""
+    curves = {}
+    for name, row in record["rows"].items():
+        if all(member in record["radii"] for member in row["members"]):
+            points = zip(*(record["radii"][member] for member in row["members"]))
+            curves[name] = [tuple(float(value) for value in np.mean(point, 0)) for point in points]
+    return curves
 
 
 def radius_lines(record):
     """R@1 and similarity of every row at every radius, as lines of a table: [[cell]], the header first."""
-    curves = record["radii"]
+    curves = radius_curves(record)
     levels = sorted({point[0] for curve in curves.values() for point in curve})
     lines = [["R@1, cosine at"] + [f"{level:.4g}/255" if level else "clean" for level in levels]]
     for name, curve in curves.items():
@@ -612,18 +860,25 @@ def markdown_table(record):
     header += ["report: clean", "report: transfer", "report: improvement"] if report else []
     lines = [header, ["---"] * len(header)]
     for name, row in record["rows"].items():
-        cells = [markdown(name + marks[name])]
-        for kind in ("clean", "transfer", "white_box"):
-            low, high = row[f"{kind}_interval"]
-            cells.append(f"{row[f'{kind}_similarity']:.4f} [{low:.3f}, {high:.3f}]")
+        bound = r"\<= " if row["not_converged"] else ""
+        alias = f" (the report's {REPORT_NAMES[name]})" if name in REPORT_NAMES else ""
+        cells = [markdown(name + alias + marks[name])]
+
+        def cell(key, form, bound="", row=row):
+            """A figure with its interval, and its range over the seeds."""
+            if row.get(key) is None:
+                return "-"
+            low, high = (form(value) for value in row[f"{key}_interval".replace("_similarity", "")])
+            ends = range_of(row, key)
+            seeds = f" ({form(ends[0])} to {form(ends[1])})" if ends else ""
+            return f"{bound}{form(row[key])} [{low}, {high}]{seeds}"
+
+        for kind in CONDITIONS:
+            cells.append(cell(f"{kind}_similarity", "{:.3f}".format, bound if kind == "white_box" else ""))
         for kind in ("transfer", "white_box"):
-            gain, ends = row.get(f"improvement_{kind}"), row.get(f"improvement_{kind}_interval")
-            cells.append(f"{percent(gain)} [{', '.join(map(percent, ends))}]" if ends else "-")
+            cells.append(cell(f"improvement_{kind}", percent, bound if kind == "white_box" else ""))
         for kind in ("clean", "white_box"):
-            shares = []
-            for direction in ("i2t", "t2i"):
-                low, high = row[f"{kind}_recall_{direction}@1_interval"]
-                shares.append(f"{row[f'{kind}_recall_{direction}@1']:.0%} [{low:.0%}, {high:.0%}]")
+            shares = [cell(f"{kind}_recall_{direction}@1", "{:.0%}".format) for direction in ("i2t", "t2i")]
             cells.append(" / ".join(shares))
         success = row["white_box_success_rate"]
         cells += ["-" if success is None else f"{success:.0%}", str(row["n"]), duration(row["training_seconds"])]
@@ -638,15 +893,15 @@ def markdown_table(record):
         lines = [header, ["---"] * len(header), *([markdown(name), *cells] for name, *cells in rows)]
         parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     if record["sanity"]:
-        parts.append(f"Sanity battery, {min(SANITY_IMAGES, record['n'])} images; (!) marks a row that fails a check:")
+        parts.append(f"Sanity checks, {min(SANITY_IMAGES, record['n'])} images:")
         parts.append("\n".join(f"- {line}" for line in sanity_lines(record, markdown)))
     return "\n\n".join(parts) + "\n"
 
 
 def sanity_lines(record, shown=str):
-    """One line a check: holds or not, with the figures."""
+    """Return one line for each check: PASS, FAIL or NOT CONVERGED, with the figures."""
     checks = ((shown(name), *check) for name, row in record["sanity"].items() for check in row["checks"])
-    return [f"{'holds' if holds else 'FAILS'}  {name}: {check}: {figures}" for name, check, holds, figures in checks]
+    return [f"{result}  {name}: {check}: {figures}" for name, check, result, figures in checks]
 
 
 @contextmanager
@@ -660,57 +915,82 @@ def drawn(path, size, *shape, **options):
         figure.savefig(path, dpi=110)
 
 
-def draw_examples(path, row, pixels_adv):
-    """Clean, adversarial, delta, and the adversarial image through JPEG 30, with captions and cosines."""
-    clip, captions = row.clip, [row.captions[i] for i in row.own]
-    clean, adv = (as_images(x, clip.device) for x in (row.pixels, pixels_adv))
+def draw_examples(path, row, pixels_adv, pixels_adv_jpeg):
+    """Draw a few images clean, attacked, and through JPEG 30, with cosines and the caption that CLIP ranks first.
+
+    pixels_adv        attacked without JPEG
+    pixels_adv_jpeg   attacked through JPEG 30
+    """
+    clip = row.clip
+    clean, adv, adv_jpeg = (as_images(x, clip.device) for x in (row.pixels, pixels_adv, pixels_adv_jpeg))
     columns = {
         "clean": clean,
-        "adversarial": adv,
-        "delta, amplified 16 times": (0.5 + 16 * (adv - clean)).clamp(0, 1),
-        "adversarial, JPEG 30": jpeg(adv, 30),
+        "attacked": adv,
+        "what was added, 16 times": (0.5 + 16 * (adv - clean)).clamp(0, 1),
+        "attacked, then JPEG 30": jpeg(adv, 30),
+        "attacked through JPEG 30": jpeg(adv_jpeg, 30),
     }
-    with drawn(path, (11, 2.95 * len(clean)), len(clean), 4) as axes, torch.no_grad():
+    with drawn(path, (13, 3.3 * len(clean)), len(clean), len(columns)) as axes, torch.no_grad():
+        text_features = clip.encode_text(row.captions)
         for column, (title, images) in zip(axes.T, columns.items()):
-            cosines = (clip.encode_image(images) * clip.encode_text(captions)).sum(-1)
-            for axis, image, cosine in zip(column, images, cosines):
+            cosines = (clip.encode_image(images) @ text_features.T).cpu()  # (B, M)
+            first = cosines.argmax(1).tolist()
+            for i, (axis, image) in enumerate(zip(column, images)):
                 axis.imshow(image.permute(1, 2, 0).cpu().numpy())
                 axis.set(xticks=[], yticks=[])
-                axis.set_xlabel(title if title.startswith("delta") else f"{title}: {cosine:+.3f}", fontsize=9)
-        for axis, caption in zip(axes[:, 0], captions):
-            axis.set_title(caption, fontsize=9, loc="left")
+                if images is columns["what was added, 16 times"]:
+                    axis.set_xlabel(title, fontsize=10)
+                    continue
+                cosine = cosines[i, row.own[i]]
+                caption = "own caption" if first[i] == row.own[i] else textwrap.fill(row.captions[first[i]], 38)
+                colour = "#2a7a2a" if first[i] == row.own[i] else "#b02020"
+                axis.set_xlabel(f"{title}: {cosine:+.2f}\nfirst: {caption}", fontsize=9, color=colour)
+        for axis, own in zip(axes[:, 0], row.own):
+            axis.set_title(row.captions[own], fontsize=10, loc="left")
 
 
 CONDITIONS = {"clean": ("clean", "#4c72b0"), "transfer": ("transfer", "#dd8452"), "white_box": ("white-box", "#c44e52")}
 
 
-def draw_histograms(path, record):
-    """Distribution of the cosines of every row under every condition."""
-    rows = record["per_image"]
-    every = [value for row in rows.values() for scored in row.values() for value in scored["similarity"]]
-    edges = np.linspace(min(every), max(every), 41)
-    with drawn(path, (8, 1.35 * len(rows) + 0.9), len(rows), sharex=True) as axes:
-        for axis, (name, row) in zip(axes[:, 0], rows.items()):
-            for condition, (label, colour) in CONDITIONS.items():
-                axis.hist(row[condition]["similarity"], edges, color=colour, alpha=0.55, label=label)
-            axis.axvline(0, color="black", linewidth=0.6)
-            axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-            axis.set_yticks([])
-        axes[0, 0].legend(ncols=3, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
-        axes[-1, 0].set_xlabel(f"cosine of an image with its own caption, {record['n']} images")
+def tick_labels(record):
+    """Return the rows' names for a figure; <= where the white-box attack has not converged."""
+    rows = record["rows"].items()
+    return [textwrap.fill(name, 14) + ("\n(white-box <=)" if row["not_converged"] else "") for name, row in rows]
+
+
+def draw_cosines(path, record):
+    """Draw the distribution of the images' cosines as violins, for each row and condition, all seeds together."""
+    rows = record["rows"]
+    with drawn(path, (max(7, 1.3 * len(rows)), 4.4)) as ((axis,),):
+        for k, (condition, (label, colour)) in enumerate(CONDITIONS.items()):
+            values = [
+                np.concatenate([record["per_image"][member][condition]["similarity"] for member in row["members"]])
+                for row in rows.values()
+            ]
+            at = np.arange(len(rows)) + 0.29 * (k - 1)
+            for body in axis.violinplot(values, at, widths=0.3, showextrema=False)["bodies"]:
+                body.set(facecolor=colour, alpha=0.6)
+            axis.plot(at, [np.median(each) for each in values], "o", color=colour, markersize=4, label=label)
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set_xticks(range(len(rows)), tick_labels(record), fontsize=9)
+        axis.set_ylabel(f"cosine with the own caption,\n{record['n']} images, dots: medians")
+        axis.legend(ncols=3, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
 
 
 def draw_table(path, record):
-    """The table's similarities as bars with their 95 % intervals."""
+    """Draw the table's mean cosines as bars with their 95 % intervals, and the seeds as dots."""
     rows = record["rows"]
-    with drawn(path, (max(6.5, 1.25 * len(rows)), 4)) as ((axis,),):
+    with drawn(path, (max(7, 1.3 * len(rows)), 4.4)) as ((axis,),):
         for k, (condition, (label, colour)) in enumerate(CONDITIONS.items()):
             means = np.array([row[f"{condition}_similarity"] for row in rows.values()])
             low, high = np.array([row[f"{condition}_interval"] for row in rows.values()]).T
             at = np.arange(len(rows)) + 0.27 * (k - 1)
             axis.bar(at, means, 0.25, color=colour, label=label, yerr=[means - low, high - means], capsize=2)
+            for x, row in zip(at, rows.values()):
+                seeds = [summary[f"{condition}_similarity"] for summary in row["per_seed"].values()]
+                axis.plot([x] * len(seeds), seeds, "k.", markersize=4)
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set_xticks(range(len(rows)), [textwrap.fill(name, 14) for name in rows], fontsize=9)
+        axis.set_xticks(range(len(rows)), tick_labels(record), fontsize=9)
         axis.set_ylabel("mean cosine with the own caption")
         axis.legend(ncols=3, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
 
@@ -727,7 +1007,8 @@ def draw_curves(path, curves, count):
         axes[1].legend(fontsize=8, frameon=False)
 
 
-MEASURED = ["keys", "per_image", "health", "row_gradients", "sanity", "radii"]  # of metrics.json, each {row: ...}
+# of metrics.json, each {name: ...}
+MEASURED = ["keys", "per_image", "convergence", "health", "row_gradients", "sanity", "radii"]
 OPTIONAL = ["sanity", "radii"]  # of these what --sanity and --radii ask for
 
 
@@ -759,13 +1040,9 @@ def main(args):
         measure_rows(args, run, record, specs, keys, missing, clip, rows, folder)
     for kind in MEASURED:  # in the order of the table
         record[kind] = {name: record[kind][name] for name in specs if name in record[kind]}
-    record["rows"] = {}
-    for name, spec in specs.items():
-        original = record["per_image"]["original"] if name != "original" else None
-        summary = summarise(record["per_image"][name], args.seed, original)
-        summary |= {"training_seconds": spec.seconds, "gradients": record["row_gradients"][name], "note": spec.note}
-        record["rows"][name] = summary
-    record |= {"n": record["rows"]["original"]["n"], "paired": compare_rows(record["per_image"], args.seed)}
+    record["rows"] = summarise_rows(record, specs, args.seed)
+    record |= {"n": record["rows"]["original"]["n"], "paired": compare_rows(record, args.seed)}
+    record["shown"] = [[name, spec.note, spec.seconds] for name, spec in specs.items()]
     show(run, record)
     run.finish(clip, **record)
     print(f"\n{console_table(record)}\n\nin {run.dir}: table.md, metrics.json and figures")
@@ -802,9 +1079,8 @@ def take_measured(run, record, keys):
 
 def is_shown(record, previous, specs):
     """Return whether the folder's earlier table shows these rows, with these notes, by the code of now."""
-    shown = [(name, row["note"], row["training_seconds"]) for name, row in previous["rows"].items()]
     same = all(record[key] == previous[key] for key in ("transfer_note", "shown_by"))
-    return same and shown == [(name, spec.note, spec.seconds) for name, spec in specs.items()]
+    return same and previous["shown"] == [[name, spec.note, spec.seconds] for name, spec in specs.items()]
 
 
 def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
@@ -824,9 +1100,12 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
 
     unmeasured = [name for name in missing if name not in record["per_image"]]
     checks = 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # attacks on an image, five times the steps as five; see sanity()
-    attacked = len(missing) * checks * min(SANITY_IMAGES, len(examples)) * args.sanity  # at most
-    attacked += len(missing) * 2 * len(args.radii) * len(examples)
-    attacked += len(unmeasured) * 2 * args.restarts * len(examples)  # both losses
+    attacked = 0  # images, at most: both losses, and through JPEG with up to twice the steps
+    for name in missing:
+        of_row = checks * min(SANITY_IMAGES, len(examples)) * args.sanity + 2 * len(args.radii) * len(examples)
+        if name in unmeasured:
+            of_row += 2 * args.restarts * len(examples) + 3 * CONVERGENCE_IMAGES
+        attacked += of_row * (2 if specs[name].qualities else 1)
     common.announce(clip, original.pixels, examples["caption"][:], attacked * args.attack_steps)
     for source, row in loaded.items():
         if source:
@@ -839,13 +1118,21 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
         key = common.digest({part: value for part, value in keys[name].items() if part not in OPTIONAL})
         row = replace(loaded[spec.source], name=name, qualities=spec.qualities, key=key)
         if name in unmeasured:
-            conditions, lowest, record["health"][name] = measure(row, attack, args.restarts, args.seed, run)
-            record["per_image"][name], record["row_gradients"][name] = conditions, "bf16" if row.clip.bf16 else "fp32"
-            if name == "original" and not common.RANK:
-                draw_examples(run.dir / "examples.png", row.part(slice(4)), lowest[:4])
+            measured = measure(row, attack, args.restarts, args.seed, run)
+            record["per_image"][name], record["health"][name] = measured.conditions, measured.health
+            record["convergence"][name] = measured.convergence
+            record["row_gradients"][name] = "bf16" if row.clip.bf16 else "fp32"
+            if not common.RANK:
+                save_white_box(run.dir / "white_box" / image_folder(name), measured, examples)
+            if name == "original":
+                few = replace(row.part(slice(4)), qualities=(30,))
+                through_jpeg = common.white_box(args.eps, 2 * args.attack_steps, through_jpeg=True)
+                attacked_jpeg, _ = attack_row(through_jpeg, few, run)
+                if not common.RANK:
+                    draw_examples(run.dir / "examples.png", row.part(slice(4)), measured.lowest[:4], attacked_jpeg)
+        attack = replace(attack, steps=record["convergence"][name]["steps"])
         if args.sanity:
-            checks, curve = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)
-            record["sanity"][name] = {"checks": checks, "eps_curve": curve}
+            record["sanity"][name] = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)
         if args.radii:
             record["radii"][name] = radius_curve(row, args, record["per_image"][name], run)
         record["keys"][name] = record["keys"].get(name, {}) | keys[name]
@@ -856,17 +1143,17 @@ def show(run, record):
     if common.RANK:
         return
     common.save(run.dir / "table.md", markdown_table(record))
-    draw_histograms(run.dir / "histogram.png", record)
+    draw_cosines(run.dir / "cosines.png", record)
     draw_table(run.dir / "table.png", record)
     count = min(SANITY_IMAGES, record["n"])
-    curves = {name: row["eps_curve"] for name, row in record["sanity"].items()}
-    for name, kind, n in (("eps_curves.png", curves, count), ("radii.png", record["radii"], record["n"])):
+    curves = {name: record["sanity"][name]["eps_curve"] for name in record["rows"] if name in record["sanity"]}
+    for name, kind, n in (("eps_curves.png", curves, count), ("radii.png", radius_curves(record), record["n"])):
         (run.dir / name).unlink(missing_ok=True)  # of a run before
         if kind:
             draw_curves(run.dir / name, kind, n)
     if record["sanity"]:
         for line in ["", *sanity_lines(record)]:
-            print(textwrap.fill(line, 80, subsequent_indent=" " * 7))
+            print(textwrap.fill(line, 80, subsequent_indent=" " * 6))
 
 
 if __name__ == "__main__":
