@@ -78,7 +78,7 @@ PRESETS = {  # flag: {preset: default}; smoke is tiny but for these
     "eval_data": {"report": "TIGER-Lab/MMEB-eval", "tiny": f"{TINY}/MMEB-eval"},
     "train_images": {"report": 5000, "tiny": 1000, "smoke": 48},  # --num_images of what reads the training split
     "eval_images": {"report": 100, "tiny": 100, "smoke": 16},  # and of what reads the evaluation split
-    "val_images": {"report": 250, "tiny": 40, "smoke": 8},
+    "val_images": {"report": 250, "tiny": 20, "smoke": 8},
     "steps": {"report": 20, "tiny": 20, "smoke": 8},
     "attack_steps": {"report": 75, "tiny": 75, "smoke": 15},
     # tiny: of 1e-4, 4e-4, 1.6e-3 and 6.4e-3 that of the highest white-box R@1, then cosine, on 200 further training
@@ -1938,7 +1938,7 @@ def announce(clip, pixels, captions, image_steps):
     check_gradient(clip, pixels, captions)
     pixel_gradient(clip, pixels, captions)  # a warm-up
     times, began = [], time.perf_counter()
-    while len(times) < 5 and time.perf_counter() - began < 1 or not times:  # the least, on a busy machine
+    while len(times) < 3 and time.perf_counter() - began < 0.5 or not times:  # the least, on a busy machine
         clock = time.perf_counter()
         count = len(pixel_gradient(clip, pixels, captions))
         times.append(time.perf_counter() - clock)

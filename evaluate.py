@@ -339,8 +339,14 @@ def clean_gallery(row, seed):
     return (row.clip.encode_text([row.captions[i] for i in row.own]) @ features.T).cpu()
 
 
-def attack_row(attack, row, run=None):
-    """Attack a row once, from noise if the attack has a seed, else from the transferred images: pixels_adv, health."""
+def attack_row(attack, row, run=None, done=None):
+    """Attack a row once, from noise if the attack has a seed, else from the transferred images: pixels_adv, health.
+
+    done   the result for the row's first images, which are then not attacked again
+    """
+    count = len(done[0]) if done else 0
+    if count == len(row.pixels):
+        return done
     clip, encode = row.clip, row.clip.frozen()
     text_features = clip.encode_text(row.captions)
     own, allowed = row.own[:, None].to(clip.device), row.allowed.to(clip.device)
@@ -358,15 +364,16 @@ def attack_row(attack, row, run=None):
 
     start = row.transfer if attack.seed is None else None
     what = f"{row.name}, {attack.loss}" + ", bf16" * clip.bf16
-    return attack_all(attack, loss_at, row.pixels, clip, start, run, what, keys=row.key)
+    found, health = attack_all(attack, loss_at, row.pixels, clip, start, run, what, first=count, keys=row.key)
+    return (torch.cat([done[0], found]), common.sum_health([done[1], health])) if done else (found, health)
 
 
-def attack_both(attack, row, seed, run=None):
+def attack_both(attack, row, seed, run=None, done=None):
     """Attack a row's cosine, and from there the margin of images whose own caption is still first.
 
     returns   [pixels_adv of each], [health of each]; one of each where no own caption is first any more
     """
-    lowest, health = attack_row(attack, row, run)
+    lowest, health = attack_row(attack, row, run, done)
     ranks = common.gather(score(row, lowest, seed)["rank_i2t"])[0]  # rank 0's floats decide for all
     first, narrowest = np.flatnonzero(ranks == 0), lowest.clone()
     if not len(first):
@@ -379,24 +386,21 @@ def attack_both(attack, row, seed, run=None):
 def choose_steps(row, attack, seed, run=None):
     """Look on some of a row's images whether twice the steps lower the mean cosine by more than MARGIN.
 
-    Through JPEG the steps are doubled once where they do. Choosing an attack on evaluation images only makes it
-    stronger.
+    Where they do, and the attack is one through JPEG, its steps are doubled, once. Choosing an attack on evaluation
+    images only makes it stronger.
 
-    returns   the attack; {"steps": its steps, "fall": of the mean cosine when they are doubled}
+    returns   the attack; {"steps": its steps, "fall": of the mean cosine by the last doubling, tried or kept}; the
+              result of the attack for those images
     """
     few = row.part(slice(CONVERGENCE_IMAGES))
 
-    def cosines(attack):
-        return score(few, attack_row(attack, few, run)[0], seed)["similarity"]
-
-    most_steps, found = attack.steps * (2 if row.qualities else 1), cosines(attack)
-    while True:
-        longer = replace(attack, steps=2 * attack.steps)
-        found_longer = cosines(longer)
-        fall = common.gather(float((found - found_longer).mean()))[0]
-        if fall <= MARGIN or attack.steps == most_steps:
-            return attack, {"steps": attack.steps, "fall": fall}
+    longer = replace(attack, steps=2 * attack.steps)
+    found, found_longer = (attack_row(each, few, run) for each in (attack, longer))
+    cosines, cosines_longer = (score(few, pixels, seed)["similarity"] for pixels, _ in (found, found_longer))
+    fall = common.gather(float((cosines - cosines_longer).mean()))[0]
+    if fall > MARGIN and row.qualities:
         attack, found = longer, found_longer
+    return attack, {"steps": attack.steps, "fall": fall}, found
 
 
 @dataclass
@@ -415,14 +419,14 @@ def measure(row, attack, starts, seed, run=None):
     gallery = clean_gallery(row, seed)
     clean, transfer = (score(row, pixels, seed, gallery) for pixels in (row.pixels, row.transfer))
     print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
-    attack, convergence = choose_steps(row, attack, seed, run)
+    attack, convergence, done = choose_steps(row, attack, seed, run)
     # the transferred images count as white-box, too, in the ball that those of another geometry may have left
     levels = common.grey_levels(attack.eps)
     low, high = np.maximum(row.pixels, levels) - levels, np.minimum(row.pixels, 255 - levels) + levels
     sets, healths = [torch.from_numpy(row.transfer.clip(low, high))], []
-    for noise_seed in [None, *(seed + 7919 * which for which in range(1, starts))]:
-        found, health = attack_both(replace(attack, seed=noise_seed), row, seed, run)
-        sets, healths = sets + found, healths + health
+    for start in range(starts):  # the transferred images, then noise
+        found, health = attack_both(replace(attack, seed=seed + 7919 * start if start else None), row, seed, run, done)
+        sets, healths, done = sets + found, healths + health, None
     scored = [score(row, pixels, seed, gallery) for pixels in sets]
     every = {key: np.stack([values[key] for values in scored]) for key in transfer}  # (sets, N)
     worst = {key: values.max(0) if key.startswith("rank") else values.min(0) for key, values in every.items()}
@@ -787,7 +791,10 @@ def console_table(record):
 
     for name, row in record["rows"].items():
         bound = "<=" if row["not_converged"] else ""
-        title = name[: 20 - len(marks[name])] + marks[name]
+        title = name + marks[name]
+        if len(title) > 20:  # a line of its own
+            lines.append(title)
+            title = ""
         lines.append(f"{title:20}{figures(row.get, bound)}{short_duration(row['training_seconds']):>6}")
         if row["per_seed"]:
             count = len(row["per_seed"])
@@ -905,13 +912,19 @@ def sanity_lines(record, shown=str):
 
 
 @contextmanager
-def drawn(path, size, *shape, **options):
-    """The axes (rows, columns) of a figure, which is saved at the end; no matplotlibrc of the user's changes it."""
+def drawn(path, size, *shape, spacing=None, **options):
+    """Yield the axes (rows, columns) of a figure, and save it; no matplotlibrc of the user's changes it.
+
+    spacing   of matplotlib's subplots_adjust(); without it the layout follows the texts
+    """
     # captions and names are not formulas
     with matplotlib.style.context(["default", {"text.parse_math": False}]):
         figure = matplotlib.figure.Figure(size)
         yield figure.subplots(*shape, squeeze=False, **options)
-        figure.tight_layout()
+        if spacing:
+            figure.subplots_adjust(**spacing)
+        else:
+            figure.tight_layout()
         figure.savefig(path, dpi=110)
 
 
@@ -930,7 +943,9 @@ def draw_examples(path, row, pixels_adv, pixels_adv_jpeg):
         "attacked, then JPEG 30": jpeg(adv, 30),
         "attacked through JPEG 30": jpeg(adv_jpeg, 30),
     }
-    with drawn(path, (13, 3.3 * len(clean)), len(clean), len(columns)) as axes, torch.no_grad():
+    spacing = {"left": 0.01, "right": 0.99, "top": 1 - 0.12 / len(clean), "bottom": 0.3 / len(clean), "hspace": 0.62}
+    size = (10, 2.9 * len(clean))
+    with drawn(path, size, len(clean), len(columns), spacing=spacing) as axes, torch.no_grad():
         text_features = clip.encode_text(row.captions)
         for column, (title, images) in zip(axes.T, columns.items()):
             cosines = (clip.encode_image(images) @ text_features.T).cpu()  # (B, M)
@@ -939,14 +954,15 @@ def draw_examples(path, row, pixels_adv, pixels_adv_jpeg):
                 axis.imshow(image.permute(1, 2, 0).cpu().numpy())
                 axis.set(xticks=[], yticks=[])
                 if images is columns["what was added, 16 times"]:
-                    axis.set_xlabel(title, fontsize=10)
+                    axis.set_xlabel(title, fontsize=8)
                     continue
                 cosine = cosines[i, row.own[i]]
-                caption = "own caption" if first[i] == row.own[i] else textwrap.fill(row.captions[first[i]], 38)
+                caption = "own caption" if first[i] == row.own[i] else textwrap.shorten(row.captions[first[i]], 78)
                 colour = "#2a7a2a" if first[i] == row.own[i] else "#b02020"
-                axis.set_xlabel(f"{title}: {cosine:+.2f}\nfirst: {caption}", fontsize=9, color=colour)
+                text = f"{title}: {cosine:+.2f}\n" + textwrap.fill(f"first: {caption}", 28)
+                axis.set_xlabel(text, fontsize=8, color=colour)
         for axis, own in zip(axes[:, 0], row.own):
-            axis.set_title(row.captions[own], fontsize=10, loc="left")
+            axis.set_title(row.captions[own], fontsize=9, loc="left")
 
 
 CONDITIONS = {"clean": ("clean", "#4c72b0"), "transfer": ("transfer", "#dd8452"), "white_box": ("white-box", "#c44e52")}
@@ -1125,11 +1141,11 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
             if not common.RANK:
                 save_white_box(run.dir / "white_box" / image_folder(name), measured, examples)
             if name == "original":
-                few = replace(row.part(slice(4)), qualities=(30,))
+                few = replace(row.part(slice(3)), qualities=(30,))
                 through_jpeg = common.white_box(args.eps, 2 * args.attack_steps, through_jpeg=True)
                 attacked_jpeg, _ = attack_row(through_jpeg, few, run)
                 if not common.RANK:
-                    draw_examples(run.dir / "examples.png", row.part(slice(4)), measured.lowest[:4], attacked_jpeg)
+                    draw_examples(run.dir / "examples.png", row.part(slice(3)), measured.lowest[:3], attacked_jpeg)
         attack = replace(attack, steps=record["convergence"][name]["steps"])
         if args.sanity:
             record["sanity"][name] = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)

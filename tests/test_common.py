@@ -240,12 +240,16 @@ def test_every_epoch_has_all_images_once_in_an_order_of_its_own():
 
 
 def test_augmentations_have_the_strength_they_say_and_follow_the_seed():
+    def augmented(seed, step):
+        generator = common.step_generator(seed, step, torch.device("cpu"))
+        return mat.augment(grey, *mat.draw_augmentations(64, grey.shape[1:], generator))
+
     grey = torch.full((64, 3, 32, 32), 0.5)
-    out = mat.augment(grey, range(64))
+    out = augmented(0, 1)
     assert out.std((1, 2, 3)).mean() == pytest.approx(15 / 255, rel=0.02)  # noise, after the blur
     means = out.mean((1, 2, 3))
     assert 0.39 < means.min() < 0.43 and 0.57 < means.max() < 0.61  # brightness 0.8 to 1.2
-    assert torch.equal(out, mat.augment(grey, range(64)))
+    assert torch.equal(out, augmented(0, 1)) and not torch.equal(out, augmented(1, 0))
     dot = torch.zeros(2, 3, 33, 33)
     dot[:, :, 16, 16] = 1
     blurred = mat.gaussian_blur(dot, torch.tensor([0.1, 2.0]).view(2, 1, 1, 1))

@@ -270,7 +270,7 @@ def test_a_further_row_alone_is_attacked_and_none_is_lost(table):
     before, row = metrics(folder / "evaluation"), ["--checkpoint", f"x={other_weights(folder)}"]
     assert measured(run(*row)) == ["x"]
     after = metrics(folder / "evaluation")
-    assert list(after["rows"]) == ["original", "MAT", "caption-aware", "FARE, online", "x", "JPEG 50"]
+    assert list(after["rows"]) == ["original", "MAT", "contrastive, offline", "FARE, online", "x", "JPEG 50"]
     for name, figures in before["rows"].items():
         assert after["rows"][name] == figures and after["per_image"][name] == before["per_image"][name]
     assert measured(run()) == [] and "x" not in metrics(folder / "evaluation")["rows"]
@@ -288,7 +288,7 @@ def test_a_table_made_before_the_trainings_is_completed_by_them(table):
     assert measured(run()) == ["original", "JPEG 50"]
     for stage in ("mat", "pgd", "online"):
         (folder / f"later_{stage}").rename(folder / stage)
-    assert measured(run()) == ["MAT", "caption-aware", "FARE, online"]
+    assert measured(run()) == ["MAT", "contrastive, offline", "FARE, online"]
 
 
 @pytest.mark.parametrize("edited", ["evaluate.Row", "evaluate.draw_table", "defend_clip_pgd_v2.main"])
@@ -306,11 +306,11 @@ def test_other_code_is_measured_again_or_noted_where_it_matters(edited, table, m
     assert record["per_image"] == before["per_image"]
     notes = {name: row["note"] for name, row in record["rows"].items() if row["note"]}
     if edited == "defend_clip_pgd_v2.main":
-        assert list(notes) == ["caption-aware", "FARE, online"]
+        assert list(notes) == ["contrastive, offline", "FARE, online"]
         for note in notes.values():
             assert f"other code ({edited} has changed)" in note and note.endswith("--overwrite")
-        assert "caption-aware (*)" in printed and "(*) caption-aware: " in printed
-        assert r"caption-aware (\*)" in (folder / "evaluation" / "table.md").read_text()
+        assert "\ncontrastive, offline (*)\n" in printed and "(*) contrastive, offline: " in printed
+        assert r"caption-aware) (\*)" in (folder / "evaluation" / "table.md").read_text()
     else:
         assert not notes
     assert "nothing to do" in run()

@@ -1,4 +1,4 @@
-"""The sanity battery on planted defences, the worst case over attacks, ranks, paired intervals, rows of the table."""
+"""The sanity checks on planted defences, the worst case over attacks, convergence, seeds, ranks, intervals."""
 
 import copy
 from collections.abc import Callable
@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
+from conftest import jsonl, refusal
+from PIL import Image
 from torch.nn import functional as F
 
 import common
@@ -39,7 +40,7 @@ class Planted(evaluate.Row):
     before: Callable = lambda images: images
     after: Callable = lambda features: features
 
-    def view(self, encode_image, seed, codec=None, here=None):
+    def defended_encoder(self, encode_image, seed, codec=None, here=None, draws=None):
         return lambda images: self.after(encode_image(self.before(images)))
 
 
@@ -47,21 +48,50 @@ def planted(setup, **functions):
     return Planted(**vars(setup.row) | functions)
 
 
-def failed(row, setup, count=4, steps=5):
-    """The checks of the battery that a row fails."""
-    few = slice(count)
-    checks, curve = evaluate.sanity(row.part(few), replace(ATTACK, steps=steps), 0)
-    assert [levels for levels, *_ in curve] == evaluate.EPS_CURVE
-    return {check for check, holds, _ in checks if not holds}
+def checked(row, count=4, steps=5):
+    """The results of the sanity checks on a row, {check: result}."""
+    found = evaluate.sanity(row.part(slice(count)), replace(ATTACK, steps=steps), 0)
+    assert [levels for levels, *_ in found["eps_curve"]] == evaluate.EPS_CURVE
+    return {check: result for check, result, _ in found["checks"]}
 
 
-def test_an_honest_model_passes_every_check_under_an_attack_of_enough_steps(setup):
-    assert failed(setup.row, setup, count=6, steps=12) == set()
-    through_jpeg = replace(setup.row, qualities=(30,), transfer=setup.row.pixels)  # some still find their caption
-    assert any(check.startswith("five times the steps") for check in failed(through_jpeg, setup, count=6, steps=2))
+def average_colours(setup):
+    """A model that sees the average colours of 16 large squares alone: a few steps find the worst images of it."""
+    return planted(setup, before=lambda x: F.interpolate(F.avg_pool2d(x, 16), scale_factor=16.0))
 
 
-GRADIENTS, AGAIN = "gradients are there and finite", "another look gives the same"
+def test_the_checks_pass_where_an_attack_has_converged_and_say_where_it_has_not(setup):
+    assert set(checked(average_colours(setup), steps=30).values()) == {"PASS"}
+    results = checked(setup.row, steps=3)
+    assert set(results.values()) == {"PASS", "NOT CONVERGED"}
+    assert [check[:20] for check, result in results.items() if result != "PASS"][0] == "five times the steps"
+
+
+def test_twice_the_steps_tell_whether_an_attack_has_converged_and_jpegs_are_doubled(setup):
+    attack = replace(ATTACK, steps=30)
+    chosen, convergence, done = evaluate.choose_steps(average_colours(setup), attack, 0)
+    assert chosen == attack and convergence["steps"] == 30 and convergence["fall"] <= evaluate.MARGIN
+    attack = replace(ATTACK, steps=3)
+    chosen, convergence, done = evaluate.choose_steps(setup.row, attack, 0)
+    short, long = (evaluate.attack_row(replace(attack, steps=steps), setup.row)[0] for steps in (3, 6))
+    fall = evaluate.score(setup.row, short, 0)["similarity"] - evaluate.score(setup.row, long, 0)["similarity"]
+    assert chosen == attack and convergence == {"steps": 3, "fall": pytest.approx(fall.mean(), abs=1e-6)}
+    assert convergence["fall"] > evaluate.MARGIN and torch.equal(done[0], short)
+    chosen, convergence, _ = evaluate.choose_steps(replace(setup.row, qualities=(30,)), attack, 0)
+    assert chosen.steps == convergence["steps"] == 6 and convergence["fall"] > evaluate.MARGIN
+
+
+def test_a_row_of_which_some_images_are_attacked_already_is_the_row_attacked_as_a_whole(setup, monkeypatch):
+    attack = replace(ATTACK, steps=2)
+    monkeypatch.setattr(evaluate, "CONVERGENCE_IMAGES", 5)
+    *_, done = evaluate.choose_steps(setup.row, attack, 0)
+    assert len(done[0]) == 5
+    whole, health = evaluate.attack_row(attack, setup.row)
+    in_two, health_in_two = evaluate.attack_row(attack, setup.row, done=done)
+    assert torch.equal(whole, in_two) and health == health_in_two
+
+
+GRADIENTS, AGAIN = "gradients are there and finite", "scores are reproducible"
 PLANTED = {  # defence -> what it is put in front of the model or behind it, and the check that it fails
     "quantised": ({"before": lambda images: (images * 16).round() / 16}, GRADIENTS),
     "underflowing": ({"after": lambda features: (features * 1e-30) * 1e-20 + features.detach()}, GRADIENTS),
@@ -72,7 +102,27 @@ PLANTED = {  # defence -> what it is put in front of the model or behind it, and
 @pytest.mark.parametrize("defence", PLANTED)
 def test_a_planted_defence_is_flagged(defence, setup):
     functions, check = PLANTED[defence]
-    assert check in failed(planted(setup, **functions), setup)
+    assert checked(planted(setup, **functions))[check] == "FAIL"
+
+
+def test_a_lucky_draw_of_a_random_defence_is_averaged_away(setup, monkeypatch):
+    """One draw of the qualities is worth some hundredths of a cosine; sixteen are averaged, four in an attack's step."""
+    row = replace(setup.row, qualities=("random",)).part(slice(4))
+    images, text = common.as_images(row.pixels, torch.device("cpu")), row.clip.encode_text(row.captions)[row.own]
+    with torch.no_grad():
+        single = row.defended_encoder(row.clip.encode_image, 0, draws=1)
+        mean = np.mean([(single(images) * text).sum(1).numpy() for _ in range(16)], 0)
+    np.testing.assert_allclose(evaluate.score(row, row.pixels, 0)["similarity"], mean, atol=1e-6)
+    hard = replace(row, pixels=evaluate.attack_row(replace(ATTACK, steps=5), row)[0].numpy())
+    looks = [[evaluate.score(hard, hard.pixels, seed)["similarity"].mean() for seed in range(4)]]
+    monkeypatch.setattr(evaluate, "SCORE_DRAWS", 1)
+    monkeypatch.setattr(evaluate.Row.defended_encoder, "__defaults__", (evaluate.jpeg, None, 1))
+    looks += [[evaluate.score(hard, hard.pixels, seed)["similarity"].mean() for seed in range(4)]]
+    assert np.std(looks[0]) < 0.5 * np.std(looks[1])
+    calls = []
+    monkeypatch.setattr(evaluate, "differentiable_jpeg", lambda x, quality: calls.append(quality) or x)
+    evaluate.attack_row(replace(ATTACK, steps=1), row)
+    assert len(calls) == 4 * 2  # each step, and the look at the last iterate
 
 
 def test_nan_features_end_the_run(setup, capsys):
@@ -82,8 +132,8 @@ def test_nan_features_end_the_run(setup, capsys):
 
 def test_the_worst_case_is_no_milder_than_any_attack(setup):
     row, attack = setup.row, replace(ATTACK, steps=6)
-    conditions, lowest, health = evaluate.measure(row, attack, 2, 0)
-    worst = conditions["white_box"]
+    measured = evaluate.measure(row, attack, 2, 0)
+    conditions, worst = measured.conditions, measured.conditions["white_box"]
     for seed in (None, 7919):
         found, _ = evaluate.attack_both(replace(attack, seed=seed), row, 0)
         for pixels_adv in found:
@@ -91,12 +141,32 @@ def test_the_worst_case_is_no_milder_than_any_attack(setup):
             for key in ("similarity", "margin"):
                 assert (worst[key] <= scored[key] + 1e-6).all() and (worst[key] <= conditions["transfer"][key]).all()
             assert (worst["rank_i2t"] >= scored["rank_i2t"]).all()
-    again = evaluate.score(row, lowest, 0)["similarity"]
+    again = evaluate.score(row, measured.lowest, 0)["similarity"]
     np.testing.assert_allclose(again, worst["similarity"], atol=1e-5)
-    assert common.linf_grey_levels(row.pixels, lowest).max() == 8 == health["max_abs_delta_grey_levels"]
-    assert health["images_unmoved"] == 0
-    _, lowest, _ = evaluate.measure(replace(row, transfer=255 - row.pixels), attack, 1, 0)
-    assert common.linf_grey_levels(row.pixels, lowest).max() == 8  # as those of a model of another geometry may lie
+    assert common.linf_grey_levels(row.pixels, measured.lowest).max() == 8
+    assert measured.health["max_abs_delta_grey_levels"] == 8 and measured.health["images_unmoved"] == 0
+    measured = evaluate.measure(replace(row, transfer=255 - row.pixels), attack, 1, 0)
+    assert common.linf_grey_levels(row.pixels, measured.lowest).max() == 8  # those of another geometry may lie outside
+
+
+def test_the_saved_white_box_images_are_those_behind_the_figures(setup, tmp_path):
+    row, attack = replace(setup.row, transfer=setup.row.pixels), common.white_box(4 / 255, 8)  # some keep their caption
+    measured = evaluate.measure(row, attack, 1, 0)
+    evaluate.save_white_box(tmp_path, measured, setup.examples)
+    entries, worst = jsonl(tmp_path / "metadata.jsonl"), measured.conditions["white_box"]
+    found = {}
+    for entry in entries:
+        pixels = np.asarray(Image.open(tmp_path / entry["file_name"])).transpose(2, 0, 1)
+        i = setup.examples["coco_id"][:].index(entry["coco_id"])
+        scored = evaluate.score(row.part(slice(i, i + 1)), pixels[None], 0)
+        assert entry["caption"] == setup.examples["caption"][i]
+        assert scored["similarity"] == pytest.approx(entry["similarity"], abs=1e-5)
+        assert scored["rank_i2t"] == entry["rank_i2t"] and common.linf_grey_levels(row.pixels[i], pixels) <= 8
+        found.setdefault(i, []).append(entry)
+    for i, own in found.items():
+        assert min(entry["similarity"] for entry in own) == pytest.approx(worst["similarity"][i], abs=1e-5)
+        assert (max(entry["rank_i2t"] for entry in own) > 0) == (worst["rank_i2t"][i] > 0)
+    assert len(found) == IMAGES < len(entries)  # of some the margin attack alone takes the caption
 
 
 def test_the_margin_attack_is_on_survivors_alone_and_never_raises_recall(setup, monkeypatch):
@@ -114,7 +184,7 @@ def test_the_margin_attack_is_on_survivors_alone_and_never_raises_recall(setup, 
 
 def test_the_margin_loss_is_the_retrieval_failure_itself(setup, monkeypatch):
     losses = {}
-    monkeypatch.setattr(evaluate, "attack_all", lambda attack, loss_at, *_, **__: losses.update({attack.loss: loss_at}))
+    monkeypatch.setattr(evaluate, "attack_all", lambda attack, loss_at, *_, **__: (losses.update({attack.loss: loss_at}), 0))
     scored = evaluate.score(setup.row, setup.row.transfer, 0)
     for loss, key in (("cosine", "similarity"), ("margin", "margin")):
         evaluate.attack_row(replace(ATTACK, loss=loss), setup.row)
@@ -160,7 +230,8 @@ def test_shares_have_wilsons_interval_and_success_is_of_what_was_right():
     ranks = {"clean": [0, 0, 0, 3], "white_box": [0, 2, 1, 4]}
     flat = {"similarity": np.ones(4), "margin": np.ones(4), "rank_t2i": np.zeros(4, int)}
     conditions = {name: flat | {"rank_i2t": np.array(values)} for name, values in ranks.items()}
-    assert evaluate.summarise(conditions, 0)["white_box_success_rate"] == 2 / 3
+    assert evaluate.success_rate(conditions["clean"], conditions["white_box"]) == 2 / 3
+    assert evaluate.summarise([conditions | {"transfer": conditions["clean"]}], 0)["white_box_success_rate"] == 2 / 3
 
 
 def test_the_interval_of_an_improvement_is_paired():
@@ -181,9 +252,9 @@ def test_random_jpeg_draws_differ_by_image_and_look_but_not_by_run(setup):
     row = replace(setup.row, qualities=("random",))
     images = common.as_images(row.pixels[:1].repeat(8, 0), torch.device("cpu"))
     with torch.no_grad():
-        view = row.view(row.clip.encode_image, 0)
-        first, second = view(images), view(images)
-        again = row.view(row.clip.encode_image, 0)(images)
+        encode = row.defended_encoder(row.clip.encode_image, 0)
+        first, second = encode(images), encode(images)
+        again = row.defended_encoder(row.clip.encode_image, 0)(images)
     assert torch.equal(first, again) and not torch.equal(first, second)
     assert (first[0] != first[1:]).any()
 
@@ -196,15 +267,53 @@ def test_random_jpeg_is_drawn_alike_in_whatever_batch_an_image_is_attacked(setup
     assert torch.equal(together, apart)
 
 
+def table(values, falls=None):
+    """A record of white-box cosines, {row: [those of each seed]}, and how far each row's attack is from converged."""
+    specs, record = {}, {"per_image": {}, "sanity": {}, "convergence": {}, "row_gradients": {}}
+    for row, seeds in values.items():
+        for seed, cosines in enumerate(seeds):
+            name = row if not seed else f"{row}, seed {seed}"
+            clean = {"similarity": np.full(len(cosines), 0.9), "margin": np.ones(len(cosines))}
+            clean |= {f"rank_{direction}": np.zeros(len(cosines), int) for direction in ("i2t", "t2i")}
+            attacked = clean | {"similarity": cosines}
+            specs[name] = evaluate.Spec(row, seconds=1.0)
+            record["per_image"][name] = {"clean": clean, "transfer": attacked, "white_box": attacked}
+            record["convergence"][name] = {"steps": 10, "fall": (falls or {}).get(row, 0)}
+            record["row_gradients"][name] = "fp32"
+    record["rows"] = evaluate.summarise_rows(record, specs, 0)
+    pairs = {tuple(pair["rows"]): pair for pair in evaluate.compare_rows(record, 0)}
+    return record["rows"], pairs
+
+
+SPREAD = np.random.default_rng(0).normal(0.3, 0.3, 60)  # cosines of 60 images
+
+
 def test_paired_intervals_separate_what_means_alone_do_not():
     """A constant gain of 0.02 under a spread of 0.3: the intervals of the rows overlap, the paired one excludes 0."""
-    base, rank = np.random.default_rng(0).normal(0.3, 0.3, 60), np.zeros(60)
-    values = {"a": base, "b": base + 0.02, "c": np.random.default_rng(1).permutation(base)}
-    rows = {name: {"white_box": {"similarity": each, "rank_i2t": rank}} for name, each in values.items()}
-    pairs = {tuple(pair["rows"]): pair for pair in evaluate.compare_rows(rows, 0)}
-    assert pairs["a", "b"]["separated"] and not pairs["a", "c"]["separated"]
-    assert pairs["a", "b"]["similarity"] == pytest.approx(-0.02)
-    assert evaluate.interval(base, 0)[1] > evaluate.interval(base + 0.02, 0)[0]
+    values = {"original": SPREAD, "b": SPREAD + 0.02, "c": np.random.default_rng(1).permutation(SPREAD)}
+    rows, pairs = table({name: [each] for name, each in values.items()})
+    assert pairs["original", "b"]["separated"] and not pairs["original", "c"]["separated"]
+    assert pairs["original", "b"]["similarity"] == pytest.approx(-0.02)
+    assert rows["original"]["white_box_interval"][1] > rows["b"]["white_box_interval"][0]
+
+
+def test_rows_are_not_separated_by_less_than_what_more_steps_would_still_take():
+    values = {"original": [SPREAD], "b": [SPREAD + 0.02]}
+    for fall, bound, separated in ((0.004, False, True), (0.015, True, True), (0.03, True, False)):
+        rows, pairs = table(values, {"b": fall})
+        assert rows["b"]["not_converged"] == bound and pairs["original", "b"]["separated"] == separated
+
+
+def test_a_bad_seed_moves_the_mean_shows_in_the_range_and_undoes_a_separation():
+    good = {"original": [SPREAD - 0.5], "a": [SPREAD + 0.1] * 3, "b": [SPREAD] * 3}
+    rows, pairs = table(good)
+    assert pairs["a", "b"]["separated"]
+    rows, pairs = table(good | {"a": [SPREAD + 0.1, SPREAD + 0.1, SPREAD - 0.02]})
+    assert rows["a"]["white_box_similarity"] == pytest.approx(SPREAD.mean() + 0.06)
+    expected = SPREAD.mean() - 0.02, SPREAD.mean() + 0.1
+    assert evaluate.range_of(rows["a"], "white_box_similarity") == pytest.approx(expected)
+    assert not pairs["a", "b"]["separated"] and pairs["original", "a"]["separated"]
+    assert [len(rows[row]["per_seed"]) for row in rows] == [0, 3, 3]
 
 
 def test_a_bare_visual_tower_keeps_the_text_tower(setup, tmp_path):
