@@ -41,7 +41,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -559,6 +559,7 @@ class Run:
             "versions": {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()},
             "device": f"{device} ({torch.cuda.get_device_name(device) if on_gpu else platform.machine()})",
             "gradients": "bf16" if clip.bf16 else "fp32",
+            "image_steps_per_s": round(clip.image_steps / clip.attack_seconds, 1) if clip.attack_seconds else None,
             "seconds": round(self.seconds() + (self.previous or {}).get("seconds", 0), 3),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak,  # of the process
         }
@@ -770,7 +771,7 @@ class Clip(torch.nn.Module):
     config      its open_clip_config.json: {"model_cfg": {...}, "preprocess_cfg": {...}}
     tokenizer   open_clip's: list of captions -> (B, context_length) int64
     batch_size  images at a time
-    precision   the flag; bf16: whether gradients are computed in it; what is scored is fp32 always
+    precision   the flag; bf16: whether gradients are computed in bfloat16. Scores are always computed in fp32
     geometry    open_clip's preprocessing up to the pixels: size, interpolation, resize_mode, ...; plain values
     train_ids   COCO ids that its weights were trained on, a set
     """
@@ -790,6 +791,8 @@ class Clip(torch.nn.Module):
         for key in ("mean", "std"):  # part of the model: what is attacked are pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
         self.text_cache, self.train_ids = {}, train_ids
+        self.weights = None  # cast_weights()'s
+        self.image_steps, self.attack_seconds = 0, 0.0  # of all attacks
 
     def encode_image(self, images):
         """(B, 3, H, W) float32 in [0, 1] -> (B, D) float32, unit norm; differentiable in images and weights.
@@ -798,6 +801,8 @@ class Clip(torch.nn.Module):
         """
         bf16 = self.bf16 and torch.is_grad_enabled()
         dtype = torch.bfloat16 if bf16 else torch.float32
+        if self.weights and torch.is_grad_enabled():
+            return run_tower(self.model.visual, self.weights, held=False)(images)
         tower = fast_tower(self.model.visual, self.mean, self.std, dtype, held=False)
         if tower:
             return tower(images)
@@ -807,10 +812,30 @@ class Clip(torch.nn.Module):
 
     forward = encode_image  # for DistributedDataParallel
 
-    def frozen(self):
-        """encode_image of the present weights for attacks: differentiable in the images alone, by autograd.grad."""
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return fast_tower(self.model.visual, self.mean, self.std, dtype, held=True) or self.encode_image
+    def attack_encoder(self, bf16=None):
+        """Return encode_image of the present weights for attacks: differentiable in the images alone.
+
+        bf16   whether its products are computed in bfloat16, by default .bf16
+        """
+        bf16 = self.bf16 if bf16 is None else bf16
+        if self.weights and bf16 == self.bf16:
+            return run_tower(self.model.visual, self.weights, held=True)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        if tower := fast_tower(self.model.visual, self.mean, self.std, dtype, held=True):
+            return tower
+
+        def encode(images):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                image_features = self.model.encode_image((images - self.mean) / self.std)
+            return F.normalize(image_features.float(), dim=-1)
+
+        return encode
+
+    def cast_weights(self):
+        """Rearrange and cast the weights for the forward passes with gradients of one training step."""
+        if is_plain(self.model.visual):
+            dtype = torch.bfloat16 if self.bf16 else torch.float32
+            self.weights = tower_weights(self.model.visual, self.mean, self.std, dtype)
 
     @torch.no_grad()
     def encode_pixels(self, pixels, encode_image=None):
@@ -837,63 +862,81 @@ class Clip(torch.nn.Module):
 
 
 def fast_tower(visual, mean, std, dtype, held):
-    """The same function as open_clip's plain VisionTransformer, in fewer operations, on a CPU or with CUDA.
+    """Return open_clip's plain VisionTransformer in fewer operations, the same function, for a CPU or CUDA.
 
     Rearranged: normalisation folded into a patch embedding done as one product, one product for q, k and v,
     scaled_dot_product_attention, the last block for the class token only, QuickGELU as a scaled SiLU.
+
     dtype     of the blocks' products; pixels, residual stream and norms are float32, without which the bf16 gradient of
               some photographs has nothing in common with the exact one
-    held      what is rearranged of the weights is constant: for gradients in the pixels alone, by autograd.grad
+    held      the weights are constants: for gradients in the pixels alone
     returns   (B, 3, H, W) in [0, 1] -> (B, D), unit norm; None for a tower that is not of the plain kind
     """
-    if not is_plain(visual):
-        return None
-    blocks = visual.transformer.resblocks
-    width, patch, heads = len(visual.class_embedding), visual.patch_size[0], blocks[0].attn.num_heads
-    quick = isinstance(blocks[0].mlp.gelu, open_clip.transformer.QuickGELU)  # x sigmoid(ax) = silu(ax) / a
-    scale, activation = (1.702, F.silu) if quick else (1.0, F.gelu)
+    return run_tower(visual, tower_weights(visual, mean, std, dtype), held) if is_plain(visual) else None
 
-    def exact(*tensors):
-        return [tensor.detach() if held else tensor for tensor in tensors]
 
-    def split(x):  # (B, N, k W) -> k of (B, heads, N, W / heads)
-        return x.unflatten(2, (-1, heads, width // heads)).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def layer_of(block):
-        first, last, attention = block.mlp.c_fc, block.mlp.c_proj, block.attn
-        inner = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias
-        mlp = first.weight * scale, first.bias * scale, last.weight / scale, last.bias
-        w_qkv, b_qkv, w_out, b_out, w_1, b_1, w_2, b_2 = (tensor.to(dtype) for tensor in exact(*inner, *mlp))
-
-        def layer(x):
-            y = block.ln_1(x).to(dtype)
-            if block is blocks[-1]:  # the class token alone is read
-                x = x[:, :1]
-                (q,) = split(F.linear(y[:, :1], w_qkv[:width], b_qkv[:width]))
-                k, v = split(F.linear(y, w_qkv[width:], b_qkv[width:]))
-            else:
-                q, k, v = split(F.linear(y, w_qkv, b_qkv))
-            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            x = x + F.linear(y, w_out, b_out)
-            return x + F.linear(activation(F.linear(block.ln_2(x).to(dtype), w_1, b_1)), w_2, b_2)
-
-        return layer
-
+def tower_weights(visual, mean, std, dtype):
+    """Return the weights of a plain tower as run_tower() takes them: of the patch embedding, of each block."""
+    quick = isinstance(visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    scale = 1.702 if quick else 1.0  # x sigmoid(1.702 x) = silu(1.702 x) / 1.702
     kernel = visual.conv1.weight / std  # (W, 3, P, P)
-    embed = exact(kernel.flatten(1), -(kernel * mean).sum((1, 2, 3)))
-    layers = [layer_of(block) for block in blocks]
+    blocks = []
+    for block in visual.transformer.resblocks:
+        attention, first, last = block.attn, block.mlp.c_fc, block.mlp.c_proj
+        products = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias
+        products += first.weight * scale, first.bias * scale, last.weight / scale, last.bias
+        norms = block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias
+        blocks.append((*norms, *(tensor.to(dtype) for tensor in products)))
+    return (kernel.flatten(1), -(kernel * mean).sum((1, 2, 3))), blocks
+
+
+def run_tower(visual, weights, held):
+    """Return the function of fast_tower() with weights from tower_weights()."""
+    patch, block = visual.patch_size[0], visual.transformer.resblocks[0]
+    quick = isinstance(block.mlp.gelu, open_clip.transformer.QuickGELU)
+    settings = block.attn.num_heads, block.ln_1.eps, F.silu if quick else F.gelu
+    embedding, blocks = weights
+    if held:
+        embedding = [tensor.detach() for tensor in embedding]
+        blocks = [tuple(tensor.detach() for tensor in tensors) for tensors in blocks]
 
     def encode(images):
         x = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, P, P)
-        x = F.linear(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), *embed)  # (B, hw, W)
+        x = F.linear(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), *embedding)  # (B, hw, W)
         x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
         x = visual.ln_pre(x)
         again = visual.transformer.grad_checkpointing and torch.is_grad_enabled()
-        for layer in layers:
-            x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+        for i, tensors in enumerate(blocks):
+            inputs = x, tensors, *settings, i == len(blocks) - 1
+            x = checkpoint(tower_block, *inputs, use_reentrant=False) if again else tower_block(*inputs)
         return F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
 
     return encode
+
+
+def tower_block(x, weights, heads, eps, activation, last):
+    """Compute a block of a plain tower: (B, N, W) float32 -> the same; the last one gives (B, 1, W), the class token.
+
+    weights   weight and bias of both norms, float32; then of q, k and v, of the attention's output, and of both layers
+              of the MLP, whose dtype is that of the products
+    """
+    norm_1, bias_1, norm_2, bias_2, w_qkv, b_qkv, w_out, b_out, w_1, b_1, w_2, b_2 = weights
+    width, dtype = x.shape[-1], w_qkv.dtype
+
+    def split(y):  # (B, N, k W) -> k of (B, heads, N, W / heads)
+        return y.unflatten(2, (-1, heads, width // heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    y = F.layer_norm(x, (width,), norm_1, bias_1, eps).to(dtype)
+    if last:
+        x = x[:, :1]
+        (q,) = split(F.linear(y[:, :1], w_qkv[:width], b_qkv[:width]))
+        k, v = split(F.linear(y, w_qkv[width:], b_qkv[width:]))
+    else:
+        q, k, v = split(F.linear(y, w_qkv, b_qkv))
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = x + F.linear(y, w_out, b_out)
+    y = F.layer_norm(x, (width,), norm_2, bias_2, eps).to(dtype)
+    return x + F.linear(activation(F.linear(y, w_1, b_1)), w_2, b_2)
 
 
 def is_plain(visual):
@@ -903,6 +946,8 @@ def is_plain(visual):
     if visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool or visual.output_tokens:
         return False
     block = visual.transformer.resblocks[0]  # all are alike
+    if len({norm.eps for each in visual.transformer.resblocks for norm in (each.ln_1, each.ln_2)}) > 1:
+        return False
     known = repr(block.mlp.gelu) in ("GELU(approximate='none')", "QuickGELU()")
     if type(block) is not open_clip.transformer.ResidualAttentionBlock or not known:
         return False
@@ -1726,8 +1771,7 @@ def pgd(loss_fn, images, attack, start=None, check_range=True):
     loss_fn   maps such a batch to (B,) losses, one per image, higher = worse for the model
     start     where to begin, like images, moved into the ball; None begins at images
     check_range   look whether the pixels lie in [0, 1], for which the host waits for the device
-    returns   like images, for each the iterate of the highest loss; {what went wrong: in how many of the images}, the
-              counts on the device
+    returns   like images, for each the iterate of the highest loss; {what went wrong: in which images, (B,) bool}
 
     PGD of Madry et al. 2018 (arXiv:1706.06083), except that the best iterate is kept, not the last. With momentum it is
     MI-FGSM of Dong et al. 2018 (arXiv:1710.06081, equations 6 and 7), except that the gradient is divided by its mean
@@ -1766,7 +1810,7 @@ def pgd(loss_fn, images, attack, start=None, check_range=True):
         velocity = attack.momentum * velocity + grad / size
         shrink = max(0.03, (1 + math.cos(math.pi * step / attack.steps)) / 2) if attack.momentum else 1
         x = (x + attack.alpha * shrink * velocity.sign()).clamp(lower, upper)
-    return best, {"images_with_zero_gradients": zero.sum(), "images_with_nonfinite_values": nonfinite.sum()}
+    return best, {"images_with_zero_gradients": zero, "images_with_nonfinite_values": nonfinite}
 
 
 def start_noise(images, eps, seed, indices):
@@ -1789,45 +1833,132 @@ def to_pixels(images, pixels, eps):
     return (pixels + delta).clamp(0, 255).byte().cpu()
 
 
-def attack_images(attack, loss_at, pixels, clip, start=None, run=None, what="attack", first=0, keys=""):
+def attack_images(attack, loss, pixels, clip, start=None, run=None, what="attack", first=0, keys="", precision=None):
     """Attack every image, a batch at a time; under torchrun this process's share: rank 0 has the first images.
 
-    loss_at   slice of the images -> loss_fn of them for pgd(), such as own_caption()
-    pixels    uint8 (N, 3, H, W), or a column of examples
-    start     likewise: where to begin, if not at the images; a seed of the attack adds noise
-    run       stores each batch under (what, attack, its pixels and keys): one that a killed run has stored is not
-              attacked again
-    keys      what else a result depends on: a list, one text an image, or one text for all
-    first     index of the first image to attack
-    yields    (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, {what must be looked at before it is believed: count})
+    loss        (encode_image, slice of the images) -> loss_fn of them for pgd(), such as partial(own_caption, ...)
+    pixels      uint8 (N, 3, H, W), or a column of examples
+    start       likewise: where to begin, if not at the images; a seed of the attack adds noise
+    run         stores each batch under (what, attack, its pixels and keys): one that a killed run has stored is not
+                attacked again
+    first       index of the first image to attack
+    keys        what else a result depends on: a list, one text an image, or one text for all
+    precision   bf16, tf32 or fp32, of the gradients; by default that of the model
+    yields      (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, {what must be looked at before it is believed: count})
+
+    Where the memory of a GPU is full, the batch is halved: no image depends on the others of its batch.
     """
+    precision = precision or ("bf16" if clip.bf16 else "fp32")
+    phases = attack_phases(attack, precision)
     size = max(1, min(clip.batch_size, math.ceil((len(pixels) - first) / PROCESSES)))  # so that all have work
     starts = np.array_split(np.arange(first, len(pixels), size), PROCESSES)[RANK].tolist()
-    total = min(len(starts) * size, len(pixels) - first) * (attack.steps + 1)
-    with progress(what=what, total=total, unit="step") as bar:
+    total = min(len(starts) * size, len(pixels) - first) * sum(phase.steps + 1 for _, phase in phases)
 
-        def counted(loss_fn, images):  # image-steps: the bar moves within a batch
+    def attack_slice(here, clean, begin):
+        """Attack the images of a slice: pixels_adv, health."""
+        images, x = as_images(clean, clip.device), as_images(begin, clip.device)
+        if attack.seed is not None:
+            x = start_noise(x, attack.eps, attack.seed, range(here.start, here.stop))
+        wrong = []
+        for phase_precision, phase in phases:
+            loss_fn = loss(clip.attack_encoder(phase_precision == "bf16"), here)
+            with tf32(phase_precision == "tf32"):
+                x, wrong_now = pgd(partial(counted, loss_fn), images, phase, x)
+            wrong.append(wrong_now)
+        pixels_adv = to_pixels(x, clean, attack.eps)
+        linf = linf_grey_levels(clean, pixels_adv)
+        health = {"max_abs_delta_grey_levels": int(linf.max()), "images_unmoved": int((linf == 0).sum())}
+        return pixels_adv, health | {key: int(sum(each[key] for each in wrong).bool().sum()) for key in wrong[0]}
+
+    with progress(what=what, total=total, unit="image-step") as bar:
+
+        def counted(loss_fn, images):  # the bar moves within a batch
             bar.update(len(images))
+            clip.image_steps += len(images)
             return loss_fn(images)
 
         for at in starts:
-            here = slice(at, min(at + size, len(pixels)))
-            clean, first = (np.asarray(x[here]) for x in (pixels, pixels if start is None else start))
-            own_keys = keys if isinstance(keys, str) else keys[here]
-            key = [what, own_keys, asdict(attack), at, hashlib.sha256(clean.tobytes() + first.tobytes()).hexdigest()]
+            batch = slice(at, min(at + size, len(pixels)))
+            clean, begin = (np.asarray(x[batch]) for x in (pixels, pixels if start is None else start))
+            own_keys = keys if isinstance(keys, str) else keys[batch]
+            content = hashlib.sha256(clean.tobytes() + begin.tobytes()).hexdigest()
+            key = [what, own_keys, asdict(attack), precision, at, content]
             done = run and run.load_part(key)
             if not done:
-                images, begin = as_images(clean, clip.device), as_images(first, clip.device)
-                if attack.seed is not None:
-                    begin = start_noise(begin, attack.eps, attack.seed, range(here.start, here.stop))
-                images_adv, wrong = pgd(partial(counted, loss_at(here)), images, attack, begin)
-                pixels_adv = to_pixels(images_adv, clean, attack.eps)
-                linf = linf_grey_levels(clean, pixels_adv)
-                moved = {"max_abs_delta_grey_levels": int(linf.max()), "images_unmoved": int((linf == 0).sum())}
-                done = {"pixels": pixels_adv, "health": moved | {key: int(count) for key, count in wrong.items()}}
+                clock, parts, here = time.perf_counter(), [], batch.start
+                while here < batch.stop:
+                    part = slice(here, min(here + clip.batch_size, batch.stop))
+                    inside = slice(part.start - at, part.stop - at)
+                    try:
+                        parts.append(attack_slice(part, clean[inside], begin[inside]))
+                        here = part.stop
+                    except torch.OutOfMemoryError:
+                        if part.stop - part.start == 1:
+                            raise
+                        clip.batch_size = (part.stop - part.start) // 2
+                    if here < part.stop:  # outside the except block, which keeps the batch's tensors alive
+                        torch.cuda.empty_cache()
+                        print(f"the GPU's memory is full: going on with batches of {clip.batch_size}", flush=True)
+                clip.attack_seconds += time.perf_counter() - clock
+                done = {"pixels": torch.cat([found for found, _ in parts])}
+                done["health"] = sum_health([health for _, health in parts])
                 if run:
                     run.save_part(key, done)
-            yield here, done["pixels"], done["health"]
+            yield batch, done["pixels"], done["health"]
+
+
+def attack_phases(attack, precision):
+    """Return how an attack is spent, [(precision, Attack)].
+
+    In bf16 the first 80 % of the steps; the rest starts from the best images so far, in TF32 where there is such a GPU,
+    else in fp32, with steps of a quarter of eps.
+    """
+    last = attack.steps // 5
+    if precision != "bf16" or last == 0:
+        return [(precision, attack)]
+    rest = replace(attack, steps=last, alpha=attack.eps / 4)
+    return [("bf16", replace(attack, steps=attack.steps - last)), ("tf32", rest)]
+
+
+@contextmanager
+def tf32(enabled=True):
+    """Allow TF32 products on a GPU that has them: for gradients and metadata, never for the scores of a table."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, enabled or matmul.allow_tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+MARGIN = 0.005  # two attacks are equally strong if their mean losses on the same images differ by at most this
+COMPARED_IMAGES = 16
+
+
+def accept_precision(attack, loss, pixels, clip, start=None, what="attack"):
+    """Accept bf16 for an attack by its outcome: on a few images it must end as low as the same attack in fp32.
+
+    attack, loss, pixels, start   of attack_images(); the losses of the rounded images are compared, in fp32
+    returns                       bf16, tf32 or fp32, for attack_images(); {precision, and what the comparison gave}
+    """
+    if not clip.bf16:
+        return "fp32", {"precision": "fp32"}
+    few, begin = (None if x is None else x[:COMPARED_IMAGES] for x in (pixels, start))
+    means = {}
+    for precision in ("bf16", "fp32"):
+        options = {"what": f"{what}: {precision} compared", "precision": precision}
+        found, _ = attack_all(attack, loss, few, clip, begin, **options)
+        with torch.no_grad():
+            scores = loss(clip.attack_encoder(bf16=False), slice(0, len(few)))(as_images(found, clip.device))
+        means[precision] = scores.mean().item()
+    weaker = gather(means["fp32"] - means["bf16"])[0]  # rank 0's decides for all
+    precision = "bf16" if weaker <= MARGIN else "tf32" if clip.device.type == "cuda" else "fp32"
+    if precision != "bf16":
+        message = f"{clip.name}: on {len(few)} images the bf16 attack is weaker than the fp32 one by {weaker:.3f}"
+        if clip.precision == "bf16":
+            fail(f"{message}: use --precision fp32 or auto")
+        print(f"{message}: going on in {precision}", flush=True)
+    return precision, {"precision": precision, "images": len(few), "weaker_by": weaker}
 
 
 def attack_all(*args, **options):
@@ -1836,9 +1967,9 @@ def attack_all(*args, **options):
     return torch.cat([pixels for _, pixels, _ in parts]), sum_health([health for *_, health in parts])
 
 
-def own_caption(encode_image, text_features):
-    """The report's loss: minus the cosine with the own caption, row i of text_features (N, D)."""
-    return lambda here: lambda images: -(encode_image(images) * text_features[here]).sum(-1)
+def own_caption(text_features, encode_image, here=slice(None)):
+    """Return the report's loss of the images of a slice: minus the cosine with the own caption, row i of (N, D)."""
+    return lambda images: -(encode_image(images) * text_features[here]).sum(-1)
 
 
 def sum_health(parts):
@@ -1934,8 +2065,7 @@ def image_file(name):
 
 
 def announce(clip, pixels, captions, image_steps):
-    """Before the first batch, say the work, in images times steps forward and back to the pixels, and its time here."""
-    check_gradient(clip, pixels, captions)
+    """Print the work before the first batch, in image-steps (a forward and backward pass of an image), and its time."""
     pixel_gradient(clip, pixels, captions)  # a warm-up
     times, began = [], time.perf_counter()
     while len(times) < 3 and time.perf_counter() - began < 0.5 or not times:  # the least, on a busy machine
@@ -1953,23 +2083,8 @@ def pixel_gradient(clip, pixels, captions):
     """Of the cosine with the own caption, of a first batch, on a CPU a small one: (B, 3 H W); waits for the GPU."""
     count = min(clip.batch_size, 8 if clip.device.type == "cpu" else clip.batch_size)
     images, text_features = as_images(pixels[:count], clip.device).requires_grad_(), clip.encode_text(captions[:count])
-    (grad,) = torch.autograd.grad((clip.frozen()(images) * text_features).sum(), images)
+    (grad,) = torch.autograd.grad(own_caption(text_features, clip.attack_encoder())(images).sum(), images)
     return grad.flatten(1).cpu()
-
-
-def check_gradient(clip, pixels, captions):
-    """Where bf16's gradient has another direction than fp32's, which is no evidence: end, or under auto go to fp32."""
-    if not clip.bf16:
-        return
-    first = pixel_gradient(clip, pixels, captions)
-    clip.bf16 = False
-    agreement = F.cosine_similarity(first.flatten(), pixel_gradient(clip, pixels, captions).flatten(), dim=0).item()
-    clip.bf16 = gather(agreement)[0] > 0.95  # rank 0's decides for all
-    if not clip.bf16:
-        said = f"{clip.name}: the bf16 gradient has a cosine of {agreement:.3f} with the fp32 one"
-        if clip.precision == "bf16":
-            fail(f"{said}: --precision fp32")
-        print(f"{said}: going on in fp32", flush=True)
 
 
 def duration(seconds):
@@ -2068,6 +2183,7 @@ class Trainer:
                 positions = np.pad(np.arange(len(batch)), (0, -len(batch) % PROCESSES), mode="edge")
                 torch.manual_seed(step_seed(self.args.seed, step) + RANK)  # for a tower with patch dropout
                 self.train_mode()
+                self.clip.cast_weights()
                 yield step, batch, np.array_split(positions, PROCESSES)[RANK]
                 if self.stopped:
                     return
@@ -2089,6 +2205,7 @@ class Trainer:
     def end_step(self, **figures):
         """Queue the figures of a step, tensors, loss and grad_norm among them; validate after an epoch; save states."""
         args, step = self.args, len(self.log) + len(self.queued) + 1
+        self.clip.weights = None  # of this step
         self.read_figures()  # of the step before
         if args.loss_threshold and len(self.log) >= args.loss_window:
             window = gather([entry["loss"] for entry in self.log[-args.loss_window :]])[0]  # all stop at the same step
@@ -2130,7 +2247,7 @@ class Trainer:
         self.visual.eval()
         pixels, text_features = self.validation["pixels"], clip.encode_text(self.validation["caption"][:])
         attack = white_box(args.eps, args.steps)
-        pixels_adv, _ = attack_all(attack, own_caption(clip.frozen(), text_features), pixels, clip, what="validate")
+        pixels_adv, _ = attack_all(attack, partial(own_caption, text_features), pixels, clip, what="validate")
         clean, attacked = ((clip.encode_pixels(x) * text_features).sum(-1).mean().item() for x in (pixels, pixels_adv))
         figures = {"epoch": epoch, "step": len(self.log), "loss": loss, "val_clean": clean, "val_white_box": attacked}
         self.epochs.append(figures)

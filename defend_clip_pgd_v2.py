@@ -94,7 +94,7 @@ def main(args):
     def attack_loss(encode_image, indices):
         if args.loss == "fare":
             return lambda images: fare_loss(encode_image(images), indices)
-        return own_caption(encode_image, take(trainer.text_features, indices))(slice(None))
+        return own_caption(take(trainer.text_features, indices), encode_image)
 
     for step, batch, part in trainer:  # indices of the batch's images; positions of this process's images in the batch
         for group in optimizer.param_groups:  # falls linearly to 0
@@ -104,7 +104,8 @@ def main(args):
             visual.eval()  # attack the network that is deployed
             generator = common.step_generator(args.seed, step, clip.device)
             start = images + take(common.uniform_noise(len(batch), images, args.eps, generator), part)
-            images_adv, _ = pgd(attack_loss(clip.frozen(), batch[part]), images, attack, start, check_range=False)
+            loss_fn = attack_loss(clip.attack_encoder(), batch[part])
+            images_adv, _ = pgd(loss_fn, images, attack, start, check_range=False)
             trainer.train_mode()
         else:
             images_adv = adversarial_images[batch[part]]

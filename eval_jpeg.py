@@ -133,11 +133,15 @@ def main(args):
     common.announce(clip, pixels, examples["caption"][:], len(args.qualities) * len(pixels) * args.steps)
     run.require_space(1.1 * len(args.qualities) * transfer.nbytes)
     text_features = clip.encode_text(examples["caption"][:])
-    attack, qualities, health = common.white_box(args.eps, args.steps, through_jpeg=True), {}, {}
+    attack, qualities, health, precisions = common.white_box(args.eps, args.steps, through_jpeg=True), {}, {}, {}
     print(f"{len(pixels)} images       clean  transfer  adaptive")
     for q in args.qualities:
-        loss_at = own_caption(with_jpeg(differentiable_jpeg, [q], clip.frozen()), text_features)
-        adaptive, health[q] = common.attack_all(attack, loss_at, pixels, clip, transfer, run, f"JPEG {q}")
+        def loss(encode_image, here, q=q):
+            return own_caption(text_features, with_jpeg(differentiable_jpeg, [q], encode_image), here)
+
+        given, what = (attack, loss, pixels, clip, transfer), f"JPEG {q}"
+        precision, precisions[q] = common.accept_precision(*given, what)
+        adaptive, health[q] = common.attack_all(*given, run, what, precision=precision)
         conditions = {"clean": pixels, "transfer": transfer, "adaptive": adaptive}
         per_image = {
             name: (clip.encode_pixels(x, with_jpeg(jpeg, [q], clip.encode_image)) * text_features).sum(-1).tolist()
@@ -146,7 +150,8 @@ def main(args):
         means = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}
         qualities[q] = means | {"per_image": per_image}
         print(f"JPEG quality {q:<6}" + "".join(f"{value:10.4f}" for value in means.values()), flush=True)
-    run.finish(clip, n=len(pixels), qualities=qualities, attack=health, coco_ids=common.known_ids(examples))
+    figures = {"n": len(pixels), "qualities": qualities, "attack": health, "attack_precision": precisions}
+    run.finish(clip, **figures, coco_ids=common.known_ids(examples))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 
 import common
-from common import as_images, attack_all, duration, fail, load_clip, load_examples, number
+from common import MARGIN, as_images, attack_all, duration, fail, load_clip, load_examples, number
 from eval_jpeg import differentiable_jpeg, jpeg, jpeg_quality, with_jpeg
 
 BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's ends the import elsewhere; a figure in a file needs none
@@ -68,7 +68,6 @@ TRAININGS = {  # folder: the row, the script that trains it, and its flags
 ROW_FLAGS = ["trainings", "seeds", "qualities", "defence", "checkpoint", "adversarial_dir", "sanity", "radii"]
 SANITY_IMAGES = 24
 CONVERGENCE_IMAGES = 16
-MARGIN = 0.005  # two attacks are equally strong if their mean cosines on the same images differ by at most this
 SCORE_DRAWS, ATTACK_DRAWS = 16, 4  # of a random JPEG quality: averaged in a score, in a step of an attack
 EPS_CURVE = [0, 1, 2, 4, 8, 16, 32, 64]  # grey levels
 
@@ -157,6 +156,7 @@ class Row:
     allowed: torch.Tensor  # (N, M) bool: candidates of each image
     qualities: tuple = ()  # of Spec
     key: str = ""  # digest of row_key()
+    precision: str | None = None  # of the attack's gradients, from accept_precision()
 
     def defended_encoder(self, encode_image, seed, codec=jpeg, here=None, draws=SCORE_DRAWS):
         """Return encode_image of the whole defence.
@@ -339,6 +339,25 @@ def clean_gallery(row, seed):
     return (row.clip.encode_text([row.captions[i] for i in row.own]) @ features.T).cpu()
 
 
+def row_loss(attack, row):
+    """Return the loss of an attack on a whole defence, as attack_images() takes it."""
+    text_features = row.clip.encode_text(row.captions)
+    own, allowed = row.own[:, None].to(row.clip.device), row.allowed.to(row.clip.device)
+
+    def loss(encode_image, here):
+        # random draws are made anew in each step: the momentum averages over them, too
+        defended = row.defended_encoder(encode_image, attack.seed or 0, differentiable_jpeg, here, ATTACK_DRAWS)
+
+        def margin(images):  # the lead of the hardest other caption over the own one
+            cosines = defended(images) @ text_features.T  # (B, M)
+            others = cosines.masked_fill(~allowed[here], -torch.inf).scatter(1, own[here], -torch.inf)
+            return others.amax(1) - cosines.gather(1, own[here])[:, 0]
+
+        return margin if attack.loss == "margin" else common.own_caption(text_features[own[:, 0]], defended, here)
+
+    return loss
+
+
 def attack_row(attack, row, run=None, done=None):
     """Attack a row once, from noise if the attack has a seed, else from the transferred images: pixels_adv, health.
 
@@ -347,24 +366,9 @@ def attack_row(attack, row, run=None, done=None):
     count = len(done[0]) if done else 0
     if count == len(row.pixels):
         return done
-    clip, encode = row.clip, row.clip.frozen()
-    text_features = clip.encode_text(row.captions)
-    own, allowed = row.own[:, None].to(clip.device), row.allowed.to(clip.device)
-
-    def loss_at(here):
-        # random draws are made anew in each step: the momentum averages over them, too
-        defended = row.defended_encoder(encode, attack.seed or 0, differentiable_jpeg, here, ATTACK_DRAWS)
-
-        def margin(images):  # the lead of the hardest other caption over the own one
-            cosines = defended(images) @ text_features.T  # (B, M)
-            others = cosines.masked_fill(~allowed[here], -torch.inf).scatter(1, own[here], -torch.inf)
-            return others.amax(1) - cosines.gather(1, own[here])[:, 0]
-
-        return margin if attack.loss == "margin" else common.own_caption(defended, text_features[own[:, 0]])(here)
-
-    start = row.transfer if attack.seed is None else None
-    what = f"{row.name}, {attack.loss}" + ", bf16" * clip.bf16
-    found, health = attack_all(attack, loss_at, row.pixels, clip, start, run, what, first=count, keys=row.key)
+    start, what = row.transfer if attack.seed is None else None, f"{row.name}, {attack.loss}"
+    options = {"first": count, "keys": row.key, "precision": row.precision}
+    found, health = attack_all(attack, row_loss(attack, row), row.pixels, row.clip, start, run, what, **options)
     return (torch.cat([done[0], found]), common.sum_health([done[1], health])) if done else (found, health)
 
 
@@ -408,6 +412,7 @@ class Measured:
     """The figures of one row, and the attacked images behind them."""
 
     conditions: dict  # {clean, transfer, white_box: {measure: (N,)}}
+    precision: dict  # of accept_precision()
     convergence: dict  # of choose_steps()
     health: dict  # of the attacks
     lowest: torch.Tensor  # uint8 (N, 3, H, W), of each image the attacked one of the lowest cosine
@@ -419,6 +424,9 @@ def measure(row, attack, starts, seed, run=None):
     gallery = clean_gallery(row, seed)
     clean, transfer = (score(row, pixels, seed, gallery) for pixels in (row.pixels, row.transfer))
     print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
+    loss, few = row_loss(attack, row), row.part(slice(common.COMPARED_IMAGES))
+    chosen, precision = common.accept_precision(attack, loss, few.pixels, row.clip, few.transfer, row.name)
+    row = replace(row, precision=chosen)
     attack, convergence, done = choose_steps(row, attack, seed, run)
     # the transferred images count as white-box, too, in the ball that those of another geometry may have left
     levels = common.grey_levels(attack.eps)
@@ -437,7 +445,7 @@ def measure(row, attack, starts, seed, run=None):
             outranked[i] = images[high, i], float(cosines[high, i]), int(ranks[high, i])
     conditions = {"clean": clean, "transfer": transfer, "white_box": worst}
     lowest = images[by_cosine, torch.arange(len(row.pixels))]
-    return Measured(conditions, convergence, common.sum_health(healths), lowest, outranked)
+    return Measured(conditions, precision, convergence, common.sum_health(healths), lowest, outranked)
 
 
 def save_white_box(folder, measured, examples):
@@ -582,7 +590,7 @@ def summarise_rows(record, specs, seed):
         rows[row]["steps"] = record["convergence"][members[0]]["steps"]
         seconds = [specs[name].seconds for name in members]
         rows[row]["training_seconds"] = None if None in seconds else float(np.mean(seconds))
-        rows[row]["gradients"] = record["row_gradients"][members[0]]
+        rows[row]["precision"] = record["precision"][members[0]]["precision"]
         rows[row]["note"] = next((specs[name].note for name in members if specs[name].note), None)
         rows[row]["members"] = members
     return rows
@@ -692,13 +700,6 @@ def sanity(row, attack, seed, run=None):
     same = abs(shift) <= MARGIN if "random" in row.qualities else apart < 1e-3
     figures = f"other draws change the mean by {shift:+.4f}, an image by at most {apart:.1e}"
     checks.append(("scores are reproducible", PASS if same else FAIL, figures))
-
-    if row.clip.bf16:
-        row.clip.bf16 = False
-        exact = similarity(attacked()[0])
-        row.clip.bf16 = True
-        figures = f"bf16 {figure:.3f}, fp32 {exact.mean():.3f}"
-        checks.append(("an fp32 attack is no stronger", PASS if (base - exact).mean() <= MARGIN else FAIL, figures))
     return {"checks": checks, "fall": fall, "eps_curve": curve}
 
 
@@ -1024,7 +1025,7 @@ def draw_curves(path, curves, count):
 
 
 # of metrics.json, each {name: ...}
-MEASURED = ["keys", "per_image", "convergence", "health", "row_gradients", "sanity", "radii"]
+MEASURED = ["keys", "per_image", "precision", "convergence", "health", "sanity", "radii"]
 OPTIONAL = ["sanity", "radii"]  # of these what --sanity and --radii ask for
 
 
@@ -1123,9 +1124,6 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
             of_row += 2 * args.restarts * len(examples) + 3 * CONVERGENCE_IMAGES
         attacked += of_row * (2 if specs[name].qualities else 1)
     common.announce(clip, original.pixels, examples["caption"][:], attacked * args.attack_steps)
-    for source, row in loaded.items():
-        if source:
-            common.check_gradient(row.clip, row.pixels, examples["caption"][:])
     run.require_space(1.1 * attacked * original.pixels[0].nbytes)
 
     record["coco_ids"] = common.known_ids(examples)
@@ -1137,7 +1135,7 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
             measured = measure(row, attack, args.restarts, args.seed, run)
             record["per_image"][name], record["health"][name] = measured.conditions, measured.health
             record["convergence"][name] = measured.convergence
-            record["row_gradients"][name] = "bf16" if row.clip.bf16 else "fp32"
+            record["precision"][name] = measured.precision
             if not common.RANK:
                 save_white_box(run.dir / "white_box" / image_folder(name), measured, examples)
             if name == "original":
@@ -1147,6 +1145,7 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
                 if not common.RANK:
                     draw_examples(run.dir / "examples.png", row.part(slice(3)), measured.lowest[:3], attacked_jpeg)
         attack = replace(attack, steps=record["convergence"][name]["steps"])
+        row = replace(row, precision=record["precision"][name]["precision"])
         if args.sanity:
             record["sanity"][name] = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)
         if args.radii:

@@ -17,6 +17,7 @@ Files written to --output_dir (default runs/<preset>/adversarial_<split>):
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -56,21 +57,31 @@ def main(args):
     (run.dir / "images").mkdir(exist_ok=True)
 
     attack, text_features = common.Attack(args.eps, args.alpha, args.steps, args.seed), clip.encode_text(captions)
-    loss_at = common.own_caption(clip.frozen(), text_features)
-    entries, healths = [], []
-    options = {"run": run, "first": len(done), "keys": examples["checksum"][:]}
-    with ThreadPoolExecutor(args.num_workers) as pool:
-        for here, pixels_adv, health in common.attack_images(attack, loss_at, pixels, clip, **options):
-            paths = [run.dir / file for file in files[here]]
-            saved, checksums = zip(*pool.map(write_png, paths, pixels_adv.numpy()))
-            both = pixels[here], np.stack(saved)
+    loss, entries, healths, writing = partial(common.own_caption, text_features), [], [], []
+    precision, compared = common.accept_precision(attack, loss, pixels, clip)
+    options = {"run": run, "first": len(done), "keys": examples["checksum"][:], "precision": precision}
+
+    def score(here, written):
+        """Score the files of a slice, once they are written, into entries."""
+        saved, checksums = zip(*written)
+        both = pixels[here], np.stack(saved)
+        with common.tf32(args.split == "train"):  # no table shows these figures
             cosines = [(clip.encode_pixels(x) * text_features[here]).sum(-1).tolist() for x in both]
-            linf = common.linf_grey_levels(*both).tolist()
-            keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf", "sha256"
-            columns = files[here], captions[here], ids[here], *cosines, linf, checksums
-            sources = examples["checksum"][here]
-            entries += [dict(zip((*keys, "source"), row)) for row in zip(*columns, sources)]
+        linf = common.linf_grey_levels(*both).tolist()
+        keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf", "sha256"
+        columns = files[here], captions[here], ids[here], *cosines, linf, checksums
+        sources = examples["checksum"][here]
+        entries.extend(dict(zip((*keys, "source"), row)) for row in zip(*columns, sources))
+
+    with ThreadPoolExecutor(args.num_workers) as pool:
+        for here, pixels_adv, health in common.attack_images(attack, loss, pixels, clip, **options):
+            for slice_before, written in writing:  # while this one was attacked
+                score(slice_before, written)
+            paths = [run.dir / file for file in files[here]]
+            writing = [(here, pool.map(write_png, paths, pixels_adv.numpy()))]
             healths.append(health)
+        for slice_before, written in writing:
+            score(slice_before, written)
     entries, healths = (sum(shares, []) for shares in zip(*common.gather((entries, healths))))
     entries = done + entries
     health = common.sum_health([run.previous["attack"], *healths] if done else healths)
@@ -85,6 +96,7 @@ def main(args):
         adversarial_similarity=adversarial.mean(),
         share_lowered=(adversarial < clean).mean(),
         attack=health,
+        attack_precision=compared,
         images_per_s=(len(entries) - len(done)) / run.seconds(),
     )
     print(

@@ -2,17 +2,15 @@
 
 import io
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchattacks
-from conftest import refusal
 from PIL import Image
 from torch.nn import functional as F
 
-from common import Attack, check_gradient, pgd, start_noise, to_pixels, white_box
+from common import Attack, pgd, start_noise, to_pixels, white_box
 from eval_jpeg import differentiable_jpeg, jpeg
 
 EPS = 8 / 255
@@ -82,7 +80,9 @@ def test_pgd_counts_zero_gradients_and_nonfinite_values_per_image(attack):
         return torch.stack([x[0].sum(), (quantised + 0 * x)[1].sum(), x[2].sum() * torch.nan])
 
     images_adv, wrong = pgd(loss_fn, images, attack)
-    assert wrong == {"images_with_zero_gradients": 1, "images_with_nonfinite_values": 1}
+    wrong = {key: which.tolist() for key, which in wrong.items()}
+    zero, nonfinite = [False, True, False], [False, False, True]
+    assert wrong == {"images_with_zero_gradients": zero, "images_with_nonfinite_values": nonfinite}
     assert (images_adv != images).flatten(1).any(1).tolist() == [True, False, False]
 
 
@@ -178,15 +178,3 @@ def test_the_gradient_of_a_jpeg_coefficient_is_the_cubics():
         images = torch.full((1, 3, 16, 16), grey / 255, requires_grad=True)
         (grad,) = torch.autograd.grad(differentiable_jpeg(images, 50).mean(), images)
         assert grad.sum().item() == pytest.approx(3 * off**2, rel=1e-2)
-
-
-def test_a_bf16_gradient_of_another_direction_ends_bf16_and_auto_goes_on_in_fp32(monkeypatch, capsys):
-    one, other = torch.eye(3), torch.eye(3)[[0, 2, 1]]  # alike for the first image alone
-    monkeypatch.setattr("common.pixel_gradient", lambda clip, *_: one if clip.bf16 else other)
-    clip = SimpleNamespace(name="tiny", bf16=True, precision="auto")
-    check_gradient(clip, None, None)
-    assert not clip.bf16 and "going on in fp32" in capsys.readouterr().out
-    clip = SimpleNamespace(name="tiny", bf16=True, precision="bf16")
-    assert "cosine of 0.333" in refusal(capsys, check_gradient, clip, None, None)
-    other, clip.bf16 = one, True
-    assert check_gradient(clip, None, None) is None and clip.bf16

@@ -66,7 +66,7 @@ def test_pixels_and_gradient_are_open_clips_own(name, folder):
     assert torch.equal(((images - clip.mean) / clip.std)[0], preprocess(image))
     x = images.requires_grad_()
     (expected,) = torch.autograd.grad(F.normalize(model.eval().encode_image((x - clip.mean) / clip.std))[0, 0], x)
-    (ours,) = torch.autograd.grad(clip.frozen()(x)[0, 0], x)
+    (ours,) = torch.autograd.grad(clip.attack_encoder()(x)[0, 0], x)
     assert (ours - expected).norm() <= 1e-4 * expected.norm()
 
 

@@ -325,7 +325,6 @@ def test_the_work_is_estimated_from_the_least_of_several_timings(monkeypatch, ca
     for seconds in (0.09, 0.01, 0.05):
         ticks += [ticks[-1], ticks[-1], ticks[-1] + seconds]
     clock = iter([*ticks, 2])  # too late for another one
-    monkeypatch.setattr(common, "check_gradient", lambda *_: None)
     monkeypatch.setattr(common, "pixel_gradient", lambda *_: [0])
     monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     common.announce(SimpleNamespace(device=torch.device("cpu")), None, None, 6000)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -144,8 +145,8 @@ def test_training_on_attacked_images_helps_and_its_validation_figures_are_what_t
         rows = common.load_rows(args, "train", args.num_images + args.val_images)
         validation = common.load_training_sets(args, rows, clip.geometry)[1]
         text_features = clip.encode_text(validation["caption"][:])
-        loss_at = common.own_caption(clip.encode_image, text_features)
-        found, _ = common.attack_all(common.white_box(args.eps, args.steps), loss_at, validation["pixels"], clip)
+        loss = partial(common.own_caption, text_features)
+        found, _ = common.attack_all(common.white_box(args.eps, args.steps), loss, validation["pixels"], clip)
         similarity = (clip.encode_pixels(found) * text_features).sum(-1).mean()
         assert similarity == pytest.approx(record["epochs"][-1]["val_white_box"], abs=2e-3)
 
@@ -252,7 +253,7 @@ def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, r
     for row, name in zip(cells, record["rows"]):
         assert len(row) == len(header) and row[9] == str(EVAL) and row[0].endswith("(!)") == (name == ODD)
         assert row[10] == evaluate.duration(record["rows"][name]["training_seconds"])
-        assert row[3].startswith("<= " + f"{record['rows'][name]['white_box_similarity']:.3f} [")  # 15 steps are too few
+        assert row[3].startswith(f"<= {record['rows'][name]['white_box_similarity']:.3f} [")  # 15 steps are too few
     assert (cells[0][11:] == ["0.2513", "-0.1783", "-"]) == comparable
     notes = ["".join(part.itertext()) for part in page[3:-1]]
     assert f"original ~ {ODD}" in notes[0] and f"; {ODD} 0." in notes[1] and "JPEG 50: 30 steps" in notes[2]

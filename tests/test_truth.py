@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_a_planted_defence_is_flagged(defence, setup):
 
 
 def test_a_lucky_draw_of_a_random_defence_is_averaged_away(setup, monkeypatch):
-    """One draw of the qualities is worth some hundredths of a cosine; sixteen are averaged, four in an attack's step."""
+    """One draw of the qualities is worth hundredths of a cosine; sixteen are averaged, four in an attack's step."""
     row = replace(setup.row, qualities=("random",)).part(slice(4))
     images, text = common.as_images(row.pixels, torch.device("cpu")), row.clip.encode_text(row.captions)[row.own]
     with torch.no_grad():
@@ -182,13 +183,12 @@ def test_the_margin_attack_is_on_survivors_alone_and_never_raises_recall(setup, 
     assert len(evaluate.attack_both(replace(ATTACK, steps=40), setup.row, 0)[0]) == 1  # nobody is left
 
 
-def test_the_margin_loss_is_the_retrieval_failure_itself(setup, monkeypatch):
-    losses = {}
-    monkeypatch.setattr(evaluate, "attack_all", lambda attack, loss_at, *_, **__: (losses.update({attack.loss: loss_at}), 0))
+def test_the_margin_loss_is_the_retrieval_failure_itself(setup):
     scored = evaluate.score(setup.row, setup.row.transfer, 0)
     for loss, key in (("cosine", "similarity"), ("margin", "margin")):
-        evaluate.attack_row(replace(ATTACK, loss=loss), setup.row)
-        values = losses[loss](slice(0, IMAGES))(common.as_images(setup.row.transfer, torch.device("cpu")))
+        loss_fn = evaluate.row_loss(replace(ATTACK, loss=loss), setup.row)
+        loss_fn = loss_fn(setup.row.clip.attack_encoder(), slice(0, IMAGES))
+        values = loss_fn(common.as_images(setup.row.transfer, torch.device("cpu")))
         np.testing.assert_allclose(-values.detach(), scored[key], atol=1e-5)
     assert ((values.detach().numpy() > 0) == (scored["rank_i2t"] > 0)).all()
 
@@ -269,7 +269,7 @@ def test_random_jpeg_is_drawn_alike_in_whatever_batch_an_image_is_attacked(setup
 
 def table(values, falls=None):
     """A record of white-box cosines, {row: [those of each seed]}, and how far each row's attack is from converged."""
-    specs, record = {}, {"per_image": {}, "sanity": {}, "convergence": {}, "row_gradients": {}}
+    specs, record = {}, {"per_image": {}, "sanity": {}, "convergence": {}, "precision": {}}
     for row, seeds in values.items():
         for seed, cosines in enumerate(seeds):
             name = row if not seed else f"{row}, seed {seed}"
@@ -279,7 +279,7 @@ def table(values, falls=None):
             specs[name] = evaluate.Spec(row, seconds=1.0)
             record["per_image"][name] = {"clean": clean, "transfer": attacked, "white_box": attacked}
             record["convergence"][name] = {"steps": 10, "fall": (falls or {}).get(row, 0)}
-            record["row_gradients"][name] = "fp32"
+            record["precision"][name] = {"precision": "fp32"}
     record["rows"] = evaluate.summarise_rows(record, specs, 0)
     pairs = {tuple(pair["rows"]): pair for pair in evaluate.compare_rows(record, 0)}
     return record["rows"], pairs
@@ -326,11 +326,11 @@ def test_a_bare_visual_tower_keeps_the_text_tower(setup, tmp_path):
 
 def test_five_images_are_shared_out_as_three_and_two(setup, monkeypatch):
     monkeypatch.setattr(common, "PROCESSES", 2)
-    loss_at = common.own_caption(setup.row.clip.frozen(), setup.row.clip.encode_text(setup.examples["caption"][:]))
+    loss = partial(common.own_caption, setup.row.clip.encode_text(setup.examples["caption"][:]))
     shares = []
     for rank in (0, 1):
         monkeypatch.setattr(common, "RANK", rank)
-        shares += common.attack_images(replace(ATTACK, steps=1), loss_at, setup.row.pixels[:5], setup.row.clip)
+        shares += common.attack_images(replace(ATTACK, steps=1), loss, setup.row.pixels[:5], setup.row.clip)
     assert [(here.start, here.stop, len(pixels)) for here, pixels, _ in shares] == [(0, 3, 3), (3, 5, 2)]
 
 
@@ -345,3 +345,70 @@ def test_what_a_run_kept_of_some_images_is_not_taken_for_as_many_others(setup):
         pixels_adv, _ = evaluate.attack_row(attack, row, keeper)
         assert common.linf_grey_levels(pixels_adv, row.pixels).max() <= 8
     assert len(kept) == 2
+
+
+# -- precision and memory of attacks
+
+
+def own_caption_of(setup):
+    return partial(common.own_caption, setup.row.clip.encode_text(setup.row.captions)[setup.row.own])
+
+
+@pytest.fixture
+def in_bf16(setup, monkeypatch):
+    monkeypatch.setattr(setup.row.clip, "bf16", True)
+    return setup.row.clip
+
+
+def test_in_bf16_the_last_fifth_of_the_steps_is_exact(setup, in_bf16, monkeypatch):
+    seen, encoder = [], in_bf16.attack_encoder
+    monkeypatch.setattr(in_bf16, "attack_encoder", lambda bf16: seen.append(bf16) or encoder(bf16))
+    attack = replace(ATTACK, steps=10)
+    (first, short), (last, rest) = common.attack_phases(attack, "bf16")
+    assert (first, short.steps, short.alpha) == ("bf16", 8, attack.alpha)
+    assert (last, rest.steps, rest.alpha) == ("tf32", 2, attack.eps / 4)
+    mixed, _ = common.attack_all(attack, own_caption_of(setup), setup.row.pixels, in_bf16)
+    assert seen == [True, False]
+    exact, _ = common.attack_all(attack, own_caption_of(setup), setup.row.pixels, in_bf16, precision="fp32")
+    scores = [evaluate.score(setup.row, pixels, 0)["similarity"] for pixels in (mixed, exact)]
+    assert (scores[0] < scores[1] + 0.1).all() and not torch.equal(mixed, exact)
+
+
+def test_bf16_is_accepted_by_the_outcome_of_its_attack(setup, in_bf16, capsys, monkeypatch):
+    """Planted: in bf16 the gradient of every third image vanishes, so that the attack ends some hundredths higher."""
+    row, attack = average_colours(setup), replace(ATTACK, steps=14)
+    given = attack, evaluate.row_loss(attack, row), row.pixels, in_bf16
+    precision, record = common.accept_precision(*given)
+    assert precision == "bf16" == record["precision"] and abs(record["weaker_by"]) <= common.MARGIN
+    encoder, keep = in_bf16.attack_encoder, (torch.arange(IMAGES) % 3 > 0).view(-1, 1, 1, 1)
+
+    def planted_encoder(bf16=None):
+        encode = encoder(bf16)
+        return (lambda images: encode(torch.where(keep, images, images.detach()))) if bf16 else encode
+
+    monkeypatch.setattr(in_bf16, "attack_encoder", planted_encoder)
+    precision, record = common.accept_precision(*given)
+    assert precision == "fp32" and 0.005 < record["weaker_by"] < 0.1
+    assert "weaker than the fp32 one" in capsys.readouterr().out
+    monkeypatch.setattr(in_bf16, "precision", "bf16")
+    assert "use --precision fp32" in refusal(capsys, common.accept_precision, *given)
+
+
+def test_a_full_gpu_halves_the_batch_and_changes_no_image(setup, capsys, monkeypatch):
+    attack, loss = replace(ATTACK, steps=2, seed=3), own_caption_of(setup)
+    expected, health = common.attack_all(attack, loss, setup.row.pixels, setup.row.clip)
+
+    def full(encode_image, here):
+        loss_fn = loss(encode_image, here)
+
+        def small(images):
+            if len(images) > 3:
+                raise torch.OutOfMemoryError("planted")
+            return loss_fn(images)
+
+        return small
+
+    monkeypatch.setattr(setup.row.clip, "batch_size", IMAGES)
+    found, health_found = common.attack_all(attack, full, setup.row.pixels, setup.row.clip)
+    assert torch.equal(found, expected) and health_found == health
+    assert capsys.readouterr().out.count("memory is full") == 2 and setup.row.clip.batch_size == 3  # 12, 6, 3

@@ -112,7 +112,7 @@ def make_peer(name, module, images, steps):
 
 def make_ours(clip, bf16, images, text_features, steps, wrap=lambda encode_image: encode_image):
     clip.bf16 = bf16
-    encode_image = wrap(clip.frozen())
+    encode_image = wrap(clip.attack_encoder())
     attack = common.Attack(EPS, ALPHA, steps)
     return lambda: common.pgd(lambda x: -(encode_image(x) * text_features).sum(-1), images, attack)[0]
 
