@@ -229,6 +229,7 @@ def test_the_hub_gives_the_same_data_whatever_its_row_counts_and_only_the_member
 def test_every_epoch_has_all_images_once_in_an_order_of_its_own():
     state = {"log": [], "last_step": 6, "steps_per_epoch": 3, "training": range(10), "size": 4, "stopped": None}
     trainer = SimpleNamespace(**state, args=SimpleNamespace(seed=0), train_mode=lambda: None)
+    trainer.clip = SimpleNamespace(cast_weights=lambda: None)
     batches = [batch.tolist() for _, batch, _ in common.Trainer.__iter__(trainer)]
     first, second = (sum(batches[start : start + 3], []) for start in (0, 3))
     assert sorted(first) == sorted(second) == list(range(10)) and first != second != sorted(second)

@@ -29,7 +29,7 @@ import common
 import evaluate  # noqa: F401 - forked with its imports
 
 # of metrics.json: when, how long, how much memory; in argv stands --output_dir
-VARYING = {"started", "seconds", "training_seconds", "images_per_s", "peak_memory_bytes", "argv"}
+VARYING = {"started", "seconds", "training_seconds", "images_per_s", "image_steps_per_s", "peak_memory_bytes", "argv"}
 TRAINING = ["--batch_size", 4, "--val_images", 2, "--epochs", 2, "--save_every", 0]  # 4 steps
 OFFLINE = ["--adversarial_dir", "{shared}/adversarial_train"]
 TRANSFER = ["--adversarial_dir", "{shared}/adversarial_eval"]
