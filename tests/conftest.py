@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for test_cuda.py alone: the other tests know the CPU's figures
 for name in list(os.environ):
     ours = name.startswith(("HF_", "HUGGINGFACE", "TORCH")) or name.lower().endswith("_proxy")
     if ours or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):

@@ -27,7 +27,8 @@ import torch  # noqa: E402
 import evaluate  # noqa: E402, F401 - it imports what all need
 
 # of metrics.json: when and where, how long, how much memory
-IGNORED = ["started", "seconds", "training_seconds", "images_per_s", "image_steps_per_s", "peak_memory_bytes", "commit", "argv"]
+IGNORED = ["started", "seconds", "training_seconds", "images_per_s", "image_steps_per_s", "peak_memory_bytes"]
+IGNORED += ["commit", "argv"]
 IGNORED_ARGS = ["output_dir"]
 TRAINING = ["--num_images", 96, "--val_images", 16, "--epochs", 3, "--steps", 5, "--save_every", 0.01]
 KINDS = {

@@ -1,0 +1,119 @@
+"""The scripts on a GPU, where there is one: in processes of their own, since the other tests do not see it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import GPU, TINY, jsonl, metrics, process
+from safetensors.torch import load_file
+
+FOUND = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout.strip()
+pytestmark = pytest.mark.skipif(not FOUND, reason="there is no GPU")
+DEVICE, ENV = "cuda", {"CUDA_VISIBLE_DEVICES": GPU}
+SMALL = ["--preset", "smoke", "--device", DEVICE]
+SETUP = f"""
+import json, sys
+from functools import partial
+import torch
+import common, evaluate
+from eval_jpeg import differentiable_jpeg
+words = ["--preset", "tiny", "--num_images", "16", "--cache_dir", sys.argv[1], "--device", {DEVICE!r}]
+args = evaluate.parse_args(words)
+clip = common.load_clip(args)
+examples = common.load_examples(args, "eval", common.load_rows(args, "eval"), clip.geometry)
+pixels, text_features = examples[:]["pixels"], clip.encode_text(examples["caption"][:])
+attack, loss = common.white_box(args.eps, 75), partial(common.own_caption, text_features)
+"""
+
+
+def on_gpu(folder, code):
+    """Run code with a model on the GPU, in a process of its own, and return what it prints last, as JSON."""
+    command = [sys.executable, "-c", SETUP + code, str(folder / "cache")]
+    done = subprocess.run(command, env=os.environ | ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def on_card(tmp_path_factory):
+    """The small report of conftest.py, made on the GPU."""
+    folder = tmp_path_factory.mktemp("gpu")
+    words = ["--reproduce", *SMALL, "--qualities", 50, "--output_dir", folder / "evaluation"]
+    process(folder, ENV, ["evaluate.py", *words, "--cache_dir", folder / "cache"])
+    return folder
+
+
+def test_attack_and_table_agree_with_those_of_the_cpu(on_card, report):
+    ours, theirs = (metrics(folder / "evaluation")["rows"] for folder in (on_card, report[0]))
+    assert ours["original"]["clean_similarity"] == pytest.approx(theirs["original"]["clean_similarity"], abs=1e-4)
+    for kind in ("transfer", "white_box"):
+        figure = f"{kind}_similarity"
+        assert ours["original"][figure] == pytest.approx(theirs["original"][figure], abs=0.05)
+        assert ours["JPEG 50"][figure] == pytest.approx(theirs["JPEG 50"][figure], abs=0.05)
+    record = metrics(on_card / "adversarial_eval")
+    assert record["device"].startswith(DEVICE) and record["image_steps_per_s"] > 0
+    assert record["attack"]["max_abs_delta_grey_levels"] == 8 and record["share_lowered"] == 1
+
+
+def test_scores_in_fp32_and_the_jpeg_codec_agree_with_those_of_the_cpu(on_card):
+    code = """
+on_device, images = clip.encode_pixels(pixels).cpu(), common.as_images(pixels, clip.device)
+decoded = differentiable_jpeg(images, 50).cpu() - differentiable_jpeg(images.cpu(), 50)
+args.device = "cpu"
+features = common.load_clip(args).encode_pixels(pixels) - on_device
+print(json.dumps([features.abs().max().item(), decoded.abs().mean().item()]))
+"""
+    features, decoded = on_gpu(on_card, code)
+    assert features < 1e-5 and decoded < 1e-3  # a coefficient may be rounded the other way
+
+
+def test_a_first_training_step_is_that_of_the_cpu(on_card, report):
+    """Of the offline training, which draws no random numbers; its gradients are bf16 here."""
+    ours, theirs = (jsonl(folder / "pgd" / "log.jsonl")[0] for folder in (on_card, report[0]))
+    assert ours["clean_loss"] == pytest.approx(theirs["clean_loss"], rel=0.05, abs=0.02)
+
+
+def test_a_killed_training_resumes(on_card, tmp_path):
+    words = [*SMALL, "--save_every", 0, "--cache_dir", on_card / "cache", "--output_dir", tmp_path / "mat"]
+    kill = """
+import os, runpy, sys
+import common
+save_part = common.Run.save_part
+common.Run.save_part = lambda self, *given: (save_part(self, *given), os._exit(9))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    script = [sys.executable, "-c", kill, "defend_clip_mat_v2.py", *map(str, words)]
+    root = str(TINY.parent.parent)
+    assert subprocess.run(script, env=os.environ | ENV, cwd=root, capture_output=True).returncode == 9
+    assert "resuming" in process(tmp_path, ENV, ["defend_clip_mat_v2.py", *words])
+    ours, theirs = (load_file(folder / "mat" / "open_clip_model.safetensors") for folder in (tmp_path, on_card))
+    before = load_file(TINY / "clip" / "open_clip_model.safetensors")
+    moved, apart = (
+        sum((theirs[key] - other[key]).square().sum() for key in theirs).sqrt() for other in (before, ours)
+    )
+    assert apart < 0.1 * moved
+
+
+def test_precision_is_accepted_by_the_outcome(on_card):
+    precision, record = on_gpu(on_card, "print(json.dumps(common.accept_precision(attack, loss, pixels, clip)))")
+    assert precision in ("bf16", "tf32") and (record["weaker_by"] <= 0.005) == (precision == "bf16")
+
+
+def test_a_full_memory_halves_the_batch_and_changes_no_image(on_card):
+    code = """
+clip.bf16 = False
+expected, _ = common.attack_all(attack, loss, pixels, clip)
+
+def greedy(encode_image, here):
+    loss_fn = loss(encode_image, here)
+    return lambda images: loss_fn(images) + torch.empty(2**50 * (len(images) > 4), device=clip.device).numel()
+
+found, _ = common.attack_all(attack, greedy, pixels, clip)
+print(json.dumps([clip.batch_size, (found.int() - expected.int()).abs().float().mean().item()]))
+"""
+    size, apart = on_gpu(on_card, code)
+    assert size == 4 and apart < 1  # grey levels, of floats added in another order
