@@ -1,16 +1,22 @@
-"""The instrument that the five scripts share: flags, runs, CLIP, MMEB, the attack, what trainings have in common.
+"""What the five scripts share. Each script holds its own method; whatever two of them need stands here.
 
 Words and units, the same everywhere:
     images          (B, 3, H, W) float32 pixels in [0, 1], after resize and centre crop, before CLIP's normalisation
-    pixels          the same as uint8 grey levels; images_adv, pixels_adv are the attacked ones
+    pixels          the same as uint8 grey levels; images_adv and pixels_adv are attacked
     eps, alpha      L-inf radius and step size on the [0, 1] scale: 8/255, not 8
     image_features  (B, D) float32, unit norm; text_features likewise
     logit_scale     the multiplier of the cosine (about 100), not its logarithm
     similarity      cosine of an image and its own caption
 
-Nouns that go from script to script: Run (an output folder), Clip (a model on its device), examples (a datasets.Dataset
-of pixels, caption, texts, coco_id, path), Attack (a budget and how it is spent), Trainer (what both trainings share;
-the loop is the script's).
+Sections, and what a script calls in each, in this order:
+    Flags                  make_parser(), parse_flags(); command_of(), run_script() to run another script
+    Errors and processes   fail(), exit_on_error(), gather(), progress(); run_main() around main(args)
+    Runs                   Run: an output folder that refuses another run, resumes its own and records how it was made
+    CLIP                   load_clip() returns a Clip: a model on its device, with its tokenizer and preprocessing
+    Weights                load_weights(): the file formats that people save
+    Data                   load_rows() reads captions, load_examples() decodes images into a datasets.Dataset
+    The attack             Attack (a budget), pgd(), attack_all() on all images, accept_precision()
+    Training               Trainer: everything but the loop, which stands in the scripts; contrastive_loss()
 """
 
 import argparse
@@ -44,8 +50,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
-from itertools import accumulate
-from operator import and_, eq
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 import datasets
@@ -91,7 +96,10 @@ PRESETS = {  # flag: {preset: default}; smoke is tiny but for these
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it stands, and the default behind every flag."""
+    """Show the script's docstring as it stands, and the default behind every flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def pixel_distance(text):
@@ -120,73 +128,74 @@ def radius_text(value):
 
 
 def number(low, high=math.inf, kind=int):
-    """argparse type: an int, or another kind, from low to high."""
+    """Return an argparse type: an int, or another kind of number, from low to high."""
 
     def convert(text):
         value = kind(text)
-        if not low <= value <= high:  # nor is NaN
+        if not low <= value <= high:  # NaN is refused, too
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
-    convert.__name__ = kind.__name__  # what argparse calls a text that is none
+    convert.__name__ = kind.__name__  # argparse names it in its error
     return convert
 
 
 def make_parser(doc, batch_size=64):
-    """A parser with the flags that every script has; --preset gives the defaults that are not given here."""
+    """Make a parser with the flags that every script has; defaults that are missing here come from --preset."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; --help lists the flags")
     flag = parser.add_argument_group("run").add_argument
-    flag("--preset", choices=["report", "tiny", "smoke"], default="report", help="sets defaults of the flags below")
-    flag("--output_dir", help="folder of this run; those of other stages stand beside it")
-    flag("--overwrite", action="store_true", help="replace the run there, and with --reproduce every stage's")
-    flag("--seed", type=number(0, 2**31), default=0, help="of all random numbers")
-    flag("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the first there is")
+    flag("--preset", choices=["report", "tiny", "smoke"], default="report", help="defaults of the flags below")
+    flag("--output_dir", help="output folder; the folders of the other scripts stand beside it")
+    flag("--overwrite", action="store_true", help="replace the run in it; with --reproduce those of all scripts")
+    flag("--seed", type=number(0, 2**31), default=0, help="seed of all random numbers")
+    flag("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the first of them that is available")
     flag = parser.add_argument_group("model").add_argument
     flag("--model", help="open_clip name, local-dir:DIR or hf-hub:ORG/NAME")
     flag("--pretrained", help="open_clip tag, a checkpoint file, or 'random' for untrained weights")
-    flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of gradients; auto: bf16 on a GPU")
+    precision = "of gradients, never of scores; auto: bf16 on a GPU where the attack is as strong as in fp32"
+    flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
     flag = parser.add_argument_group("data").add_argument
     own = "a folder with metadata.jsonl or metadata.csv (file_name, caption), or COCO's captions_*.json"
-    flag("--train_data", help=f"training set: hub id of MMEB or a local copy; {own}")
-    flag("--eval_data", help="evaluation set, likewise")
-    flag("--image_root", nargs="+", metavar="DIR", help="where the images lie; train=DIR or eval=DIR: those of a split")
-    flag("--num_images", type=number(1), help="images to use, the first ones; of own pictures all")
-    flag("--skip_bad_images", action="store_true", help="leave broken images out and count them")
-    flag("--batch_size", type=number(1), default=batch_size, help="images at a time, in a training of all processes")
+    flag("--train_data", help=f"training set: MMEB's hub id or a local copy of it; {own}")
+    flag("--eval_data", help="evaluation set, in the same forms")
+    flag("--image_root", nargs="+", metavar="DIR", help="folder of the images; train=DIR or eval=DIR: of one split")
+    flag("--num_images", type=number(1), help="use the first images; default for your own pictures: all")
+    flag("--skip_bad_images", action="store_true", help="leave out images that cannot be decoded, and count them")
+    flag("--batch_size", type=number(1), default=batch_size, help="images per batch; in a training, over all processes")
     flag("--num_workers", type=number(1, 1024), default=os.cpu_count(), help="threads that write PNGs")
-    flag("--cache_dir", default="runs/cache", help="for decoded images, uint8")
+    flag("--cache_dir", default="runs/cache", help="folder of the decoded images")
     flag = parser.add_argument_group("attack: L-inf, pixels in [0, 1], before CLIP's normalisation").add_argument
-    flag("--eps", type=radius, default="8/255", help="radius")
+    flag("--eps", type=radius, default="8/255", help="radius of the ball around an image")
     flag("--alpha", type=pixel_distance, default="2/255", help="step size of the report's attack")
-    flag("--steps", type=number(1, 10**6), help="gradient steps, in a training those of its validation")
+    flag("--steps", type=number(1, 10**6), help="steps of the report's attack; in a training, of its validation")
     return parser
 
 
 def add_train_args(parser):
-    """Flags of both trainings."""
+    """Add the flags of both trainings."""
     flag = parser.add_argument_group("training").add_argument
     flag("--lr", type=number(1e-12, 1, float), help="learning rate of AdamW")
-    flag("--weight_decay", type=number(0, 100, float), default=0.1, help="on matrices")
+    flag("--weight_decay", type=number(0, 100, float), default=0.1, help="weight decay of AdamW, for matrices alone")
     flag("--epochs", type=number(1, 10**4), help="passes over the training images")
-    flag("--max_steps", type=number(1), help="stop after so many optimizer steps")
-    flag("--save_every", type=number(0, 10**6, float), default=5, help="minutes between states")
-    flag("--grad_checkpointing", action="store_true", help="less memory, a third more time")
+    flag("--max_steps", type=number(1), help="stop after this many optimizer steps")
+    flag("--save_every", type=number(0, 10**6, float), default=5, help="minutes between checkpoints to resume from")
+    flag("--grad_checkpointing", action="store_true", help="use less memory and a third more time")
     threshold = "stop one step after the contrastive loss, averaged over --loss_window steps, is below this"
     flag("--loss_threshold", type=number(1e-12, 10**6, float), help=threshold)
-    flag("--loss_window", type=number(1), default=50, help="steps averaged; one batch of 16 alone is noise")
-    flag("--val_images", type=number(1), help="further training images, for the figures after each epoch")
+    flag("--loss_window", type=number(1), default=50, help="steps that --loss_threshold averages over")
+    flag("--val_images", type=number(1), help="images of the training split to validate on; they are not trained on")
 
 
 def parse_flags(parser, argv, stage, images, rate=None):
-    """Parse with the defaults of --preset.
+    """Parse the command line with the defaults of --preset.
 
-    stage    (chosen flags) -> name of the default output folder under runs/PRESET/
-    images   (chosen flags) -> 'train' or 'eval': which of the preset's image counts is --num_images' default
-    rate     (chosen flags) -> name of the preset's learning rate, for trainings
+    stage    (flags) -> name of the default output folder under runs/PRESET/
+    images   (flags) -> 'train' or 'eval': the split whose image count is the default of --num_images
+    rate     (flags) -> name of the preset's learning rate, for trainings
     """
     words = sys.argv[1:] if argv is None else argv
-    with about("the command line is not text in UTF-8"):  # no record could hold it, and no terminal show it
+    with exit_on_error("the command line is not text in UTF-8"):  # metrics.json could not hold it
         " ".join(words).encode()
     chosen = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
     defaults = {flag: values.get(chosen.preset, values["tiny"]) for flag, values in PRESETS.items()}
@@ -194,7 +203,7 @@ def parse_flags(parser, argv, stage, images, rate=None):
     split = images(chosen)
     defaults["num_images"] = defaults[f"{split}_images"]
     if is_own(getattr(chosen, f"{split}_data") or ""):
-        defaults |= {"num_images": None, "val_images": None}  # all, which load_rows() counts
+        defaults |= {"num_images": None, "val_images": None}  # all of them; load_rows() counts them
         defaults |= {"eval_data": None} if split == "train" else {}  # a training needs none
     defaults["lr"] = defaults[rate(chosen)] if rate else None
     if (chosen.model or "").startswith(("local-dir:", "hf-hub:")):
@@ -210,7 +219,7 @@ def parse_flags(parser, argv, stage, images, rate=None):
 
 
 def expand_home(path):
-    """Replace the ~ at the start of a path, also behind local-dir:, by the home folder."""
+    """Replace the ~ at the start of a path, or behind local-dir:, by the home folder."""
     folder = path.removeprefix("local-dir:")
     return path[: len(path) - len(folder)] + os.path.expanduser(folder)
 
@@ -220,12 +229,12 @@ SHARED += " eps alpha steps seed"
 
 
 def radius_suffix(args):
-    """Return what a radius other than the report's adds to the names of default folders, such as _eps4."""
+    """Return the suffix of default folders for a radius other than the report's, such as _eps4."""
     return "" if args.eps == 8 / 255 else f"_eps{args.eps * 255:.6g}"
 
 
 def stage_folder(args, stage):
-    """Return the folder of another stage, which stands beside --output_dir."""
+    """Return the folder of another script's output, beside --output_dir."""
     return Path(args.output_dir).parent / f"{stage}{radius_suffix(args)}"
 
 
@@ -245,11 +254,11 @@ def command_of(script, args, stage, *words, flags=SHARED, suffix=""):
     return words
 
 
-NESTED = []  # the command lines around that of a script which another one runs
+NESTED = []  # command lines of the scripts that run the present one
 
 
 def run_script(words):
-    """Run another script in this process, which saves the seconds of its imports, and print it as a command."""
+    """Print the command of another script and run it in this process, where the libraries are imported already."""
     command = command_line(*words)
     print(f"\n$ {command}", flush=True)
     NESTED.append(sys.argv)
@@ -261,11 +270,12 @@ def run_script(words):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Failing: what comes from outside ends a script in one line; and processes: one, or torchrun's, of which rank 0 speaks
+# Errors and processes
 
-LAUNCHER = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"  # numbers that torchrun sets, beside MASTER_ADDR
+LAUNCHER = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"  # numbers that torchrun sets beside MASTER_ADDR
 RANK, PROCESSES = 0, 1
-if "MASTER_ADDR" in os.environ and all(os.environ.get(name, "").isdigit() for name in LAUNCHER):  # else: leftovers
+if "MASTER_ADDR" in os.environ and all(os.environ.get(name, "").isdigit() for name in LAUNCHER):
+    # without all of them, what is set was left by another program
     RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -273,9 +283,9 @@ MEETING_SECONDS = 50
 
 
 def fail(message, what="error", code=2):
-    """End with one line on stderr that says what is wrong, where, and what to do."""
+    """Exit with one line on stderr that says what is wrong, where, and what to do."""
     if RANK:
-        time.sleep(10)  # what rank 0 finds, too, it says: torchrun ends this process meanwhile
+        time.sleep(10)  # rank 0 prints an error that all processes meet; torchrun then ends this one
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
@@ -284,8 +294,8 @@ def fail(message, what="error", code=2):
 
 
 @contextmanager
-def about(what):
-    """Whatever goes wrong inside is the fault of what: files, hubs and configurations each raise their own classes."""
+def exit_on_error(what):
+    """Exit with a one-line error that names `what` if the block raises."""
     try:
         yield
     except Exception as error:
@@ -293,7 +303,7 @@ def about(what):
 
 
 def describe(error):
-    """An error and its cause in one line, with what to set when a hub cannot be reached."""
+    """Return an error and its cause in one line, and which variables to set where a hub cannot be reached."""
     text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     text += f" ({cause})" if cause else ""
@@ -304,37 +314,37 @@ def describe(error):
 
 @contextmanager
 def process_group():
-    """Under torchrun, meet the other processes; the folders are shared by all. A failure ends all, without a hang."""
+    """Join the other processes of torchrun, which share all folders. If one of them fails, all end."""
     if PROCESSES == 1 or distributed.is_initialized():
         yield
         return
     backend, where = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", {}
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # no torchrun that has started the others
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun: the others may not exist
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        said = f"RANK, WORLD_SIZE={PROCESSES} and MASTER_ADDR are set, but so many processes did not meet in time"
-        with about(f"{said}: unset them, or start all processes"):
+        message = f"RANK, WORLD_SIZE={PROCESSES} and MASTER_ADDR are set, but not all processes joined in time"
+        with exit_on_error(f"{message}: unset them, or start all processes"):
             store = distributed.TCPStore(address, port, PROCESSES, RANK == 0, timedelta(seconds=MEETING_SECONDS))
         where = {"store": store, "rank": RANK, "world_size": PROCESSES}
-    distributed.init_process_group(backend, timeout=timedelta(days=1), **where)  # decoding may keep rank 0 for hours
+    distributed.init_process_group(backend, timeout=timedelta(days=1), **where)  # rank 0 may decode for hours
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
     except BaseException as error:
-        said = isinstance(error, SystemExit)  # and why, by fail() or run_main()
-        if not said:
-            time.sleep(10)  # if it comes of another's end: torchrun ends this process meanwhile
+        reported = isinstance(error, SystemExit)  # by fail() or run_main()
+        if not reported:
+            time.sleep(10)  # if another process has failed first, torchrun ends this one now
             traceback.print_exc()
         sys.stdout.flush()
-        os._exit(error.code if said else 1)  # without leave of the others: NCCL's would wait for them
+        os._exit(error.code if reported else 1)  # a regular exit would make NCCL wait for the others
     distributed.destroy_process_group()
 
 
 @process_group()
 def run_main(main, args):
-    """main(args); a full disk, a full GPU or Ctrl-C ends it in one line, a mistake of ours in its traceback."""
+    """Run main(args); Ctrl-C, a full disk or a full GPU end it with one line, a bug with its traceback."""
     silenced = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # what datasets and open_clip log, they raise as well, or it is no news
+    logging.disable(logging.ERROR)  # of datasets and open_clip, which raise what matters as well
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if args.eps != grey_levels(args.eps) / 255:
@@ -343,64 +353,64 @@ def run_main(main, args):
         main(args)
     except KeyboardInterrupt:
         if RANK:
-            raise SystemExit(130)  # without a word, and at once
-        fail("the same command goes on from what is saved", "stopped", 130)
-    except BrokenPipeError:  # of what reads our output, such as head
+            raise SystemExit(130)
+        fail("the same command resumes from what is saved", "stopped", 130)
+    except BrokenPipeError:  # the reader of our output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1)
     except torch.OutOfMemoryError:
         fail(f"--batch_size {args.batch_size} is too large for the GPU's memory; trainings have --grad_checkpointing")
     except OSError as error:
-        fail(f"{describe(error)}: once it is mended, the same command goes on from what is saved")
+        fail(f"{describe(error)}. Once that is solved, the same command resumes from what is saved")
     finally:
         logging.disable(silenced)
-        while LOCKS:  # a notebook keeps what a failed call has made
+        while LOCKS:  # in a notebook the process goes on
             LOCKS.pop()()
 
 
 def gather(value=None):
-    """The values of all ranks, in their order; of None, a barrier."""
+    """Return the values of all processes, in the order of their ranks; gather() without a value is a barrier."""
     values = [value] * PROCESSES
     if PROCESSES > 1:
         distributed.all_gather_object(values, value)
     return values
 
 
-tqdm.set_lock(threading.RLock())  # its own is of multiprocessing, and a complaint of Python 3.14 at os._exit()
+tqdm.set_lock(threading.RLock())  # Python 3.14 reports tqdm's own, of multiprocessing, as leaked at os._exit()
 
 
 def progress(iterable=None, what="", total=None, unit="batch"):
-    """A progress bar with rate and ETA, shown once something takes longer than two seconds."""
+    """Return a progress bar with rate and remaining time, which appears after two seconds."""
     options = {"unit": unit, "delay": 2, "ncols": 79, "disable": RANK > 0, "leave": False, "mininterval": 0.2}
-    if not sys.stderr.isatty():  # in a log, a line of its own now and then
+    if not sys.stderr.isatty():  # in a log: a line every 30 seconds
         options |= {"mininterval": 30, "bar_format": "{l_bar}{bar}{r_bar}\n"}
     return tqdm(iterable, what, total, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs: one output folder each; metrics.json is written last and marks the folder complete
+# Runs: an output folder each. metrics.json is written last: a folder with one is complete
 
-# flags that change no number
+# flags that change no figure
 NOT_IN_RESULT = {"output_dir", "overwrite", "num_workers", "cache_dir", "reproduce", "save_every", "grad_checkpointing"}
 
 
 RECORD_KEYS = {"argv", "args", "inputs", "processes", "started", "seconds"}  # of every metrics.json of ours
-LOCKS = []  # what releases the output folders of this process
+LOCKS = []  # functions that unlock the output folders of this process
 OUR_FILES = ["images", "metadata.jsonl", "log.jsonl", "open_clip_config.json", "open_clip_model.safetensors"]
-OUR_FILES += ["config.json", "model.safetensors", "pytorch_model.bin"]  # of a model that ours would be mixed up with
+OUR_FILES += ["config.json", "model.safetensors", "pytorch_model.bin"]  # of a model in another format
 OUR_FILES += ["table.md", "examples.png", "cosines.png", "white_box", "table.png", "eps_curves.png", "radii.png"]
 
 
 class Run:
-    """One output folder: refuses a run of other flags, data or code, resumes its own, and records how it was made.
+    """An output folder: refuses a run of other flags, data or code, resumes its own, and records how it was made.
 
-    code      code_checksums() of what makes its result
-    rows      the images that it reads, from load_rows()
-    inputs    {what: checksum} of what it reads beside them and the model
-    extends   flags that a complete run may have had otherwise, for a script that then adds what is missing
+    code      code_checksums() of the definitions that make the result
+    rows      the images that the run reads, from load_rows()
+    inputs    {name: checksum} of what the run reads beside those images and the model
+    extends   flags that may differ from those of a complete run in the folder: the script adds what is missing
 
-    .previous  the metrics.json of this run, where it is complete; else None
-    .changed   the definitions that have changed since, in words; '' where none has
+    .previous  the metrics.json of this run if it is complete, else None
+    .changed   the definitions that have changed since it was made, as a text; '' if none has
     """
 
     def __init__(self, args, code, rows=None, inputs=None, extends=()):
@@ -409,7 +419,7 @@ class Run:
         images = {"images and captions": digest(rows["checksum"][:])} if rows else {}
         self.record = {
             "argv": sys.argv,
-            "args": portable(vars(args)),
+            "args": relative_paths(vars(args)),
             "inputs": images | model_checksums(args.model, args.pretrained) | (inputs or {}),
             "code": code,
             "commit": git_commit(),
@@ -422,16 +432,16 @@ class Run:
         except SystemExit:
             self.release()
             raise
-        self.previous, self.begun = gather(found)[0]  # what rank 0 has found there
-        self.changed = changed_code(self.previous, code) if self.previous else ""
+        self.previous, self.begun = gather(found)[0]  # rank 0 has looked into the folder
+        self.changed = describe_code_changes(self.previous, code) if self.previous else ""
         if self.begun:
             self.record |= {"started": self.begun["started"], "seconds": self.begun["seconds"]}
 
     def take_folder(self, args):
-        """Lock the folder until this process ends; return the records of this run in it, complete and unfinished."""
+        """Lock the folder until this process ends; return the complete and the unfinished record of this run in it."""
         self.release = lambda: None
-        with about(f"cannot write to --output_dir {self.dir}"):
-            self.refuse_foreign(args)
+        with exit_on_error(f"cannot write to --output_dir {self.dir}"):
+            self.protect_files(args)
             made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
             self.dir.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.dir, os.O_RDONLY)
@@ -454,8 +464,8 @@ class Run:
             shutil.rmtree(self.partial, ignore_errors=True)
         return previous, begun
 
-    def refuse_foreign(self, args):
-        """End if the folder is an input, or holds files under our names that no run of ours has written."""
+    def protect_files(self, args):
+        """Exit if the folder is an input, or holds files with our names that no run of these scripts has written."""
         inputs = [args.train_data, args.eval_data, args.model, getattr(args, "adversarial_dir", None)]
         inputs += [root.rpartition("=")[2] for root in args.image_root or ()]
         for folder in ((folder or "").removeprefix("local-dir:") for folder in inputs):
@@ -468,23 +478,23 @@ class Run:
             record = json.loads(self.done.read_text(encoding="utf-8"))
             found += [] if isinstance(record, dict) and record.keys() >= RECORD_KEYS else [self.done]
         if found:
-            fail(f"no run of ours has written {found[0]}, which would be lost: choose another --output_dir")
+            fail(f"{found[0]} was not written by these scripts and would be lost: choose another --output_dir")
 
     def read(self, file, beside=None):
-        """Return the record of this run that an earlier process wrote, or None; another run's ends the script.
+        """Return the record of this run that an earlier process wrote, or None; exit if it is of another run.
 
-        beside   the complete run in the folder that an unfinished one extends: what is another one's is dropped
+        beside   the complete run that an unfinished one in the folder extends; if that was another run, it is dropped
         """
         if not file.exists():
             return None
         complete, old, new = file == self.done, load_record(file), self.record
         if beside and old["started"] == beside["started"]:
-            return None  # of the complete run, which was killed before it could clean up
+            return None  # a leftover of the complete run, which was killed before it could delete it
 
         def flags_of(record):
             flags = {key: value for key, value in record["args"].items() if key not in NOT_IN_RESULT | self.extends}
             if "lr" not in flags:
-                flags.pop("batch_size", None)  # of an attack: no image depends on those beside it
+                flags.pop("batch_size", None)  # in an attack no image depends on the others of its batch
             return flags
 
         def differences(was, now):
@@ -496,27 +506,27 @@ class Run:
         changes += [other_input(key) for key in sorted(differences(old["inputs"], new["inputs"]))]
         if not complete and old["processes"] != new["processes"]:
             changes.append(f"{old['processes']} processes, not {new['processes']}")
-        if code := ("code" not in old or not complete) and changed_code(old, new["code"]):
+        if code := ("code" not in old or not complete) and describe_code_changes(old, new["code"]):
             changes.append(f"other code ({code})")
         if not changes:
             return old
         if beside:
-            print(f"{self.dir}: what was begun with {'; '.join(changes)} is dropped, and what is complete is kept")
+            print(f"{self.dir}: an unfinished run with {'; '.join(changes)} is dropped; the complete one is kept")
         elif not new["args"]["overwrite"]:
             what = "was made" if complete else "holds an unfinished run"
-            fail(f"{self.dir} {what} {made_with(old, changes)}. {ways_on()}")
+            fail(f"{self.dir} {what} {made_with(old, changes)}. {overwrite_advice()}")
         return None
 
     def report_complete(self):
-        """Say that there is nothing to do, and whether the code has changed since."""
+        """Print that there is nothing to do, and whether the code has changed since."""
         print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite makes it again)")
         if note := code_note(self.dir):
             print(f"note: {note}")
 
     def require_space(self, num_bytes):
-        """End unless the folder has room for so many bytes, what it holds already included.
+        """Exit unless the disk has room for num_bytes in the folder, including what the folder holds already.
 
-        What is not extended is replaced from here on: until finish() the folder is incomplete.
+        From here until finish() the folder is incomplete, unless a complete run in it is extended.
         """
         if self.begun:
             print(f"{self.dir} holds an unfinished run: resuming ({self.begun['seconds']:.0f} s were done before)")
@@ -525,33 +535,33 @@ class Run:
             free = shutil.disk_usage(self.dir).free
             if free < num_bytes:
                 fail(f"{self.dir} needs {num_bytes / 1e9:.2f} GB and has {free / 1e9:.2f} GB free: make room first")
-            self.partial.mkdir(exist_ok=True)  # a mark that what is here is ours
+            self.partial.mkdir(exist_ok=True)  # marks the files in this folder as written by these scripts
             save(self.partial / "run.json", self.record | {"seconds": self.seconds()})
             if not self.previous:
                 self.done.unlink(missing_ok=True)
         gather()
 
     def save_part(self, key, value):
-        """Store a part of the work, tensors and plain values, so that a killed run resumes after it."""
+        """Store a part of the work, tensors and plain values, for a run that is killed and resumed."""
         self.partial.mkdir(exist_ok=True)
         if not RANK:
             save(self.partial / "run.json", self.record | {"seconds": self.seconds()})
         save(self.partial / f"{digest(key)}.pt", value)
 
     def load_part(self, key):
-        """Return what a killed process of this run stored under key; None if there is nothing, or it is damaged."""
+        """Return what a killed process of this run stored under key, or None if there is nothing or it is damaged."""
         file = self.partial / f"{digest(key)}.pt"
-        with suppress(Exception), zipfile.ZipFile(file) as archive:  # there is none, or a damaged one raises anything
-            if archive.testzip() is None:  # torch does not look at the checksums
+        with suppress(Exception), zipfile.ZipFile(file) as archive:  # a damaged file raises any exception
+            if archive.testzip() is None:  # torch does not compare the checksums
                 return torch.load(file, map_location="cpu", weights_only=True)
         return None
 
     def seconds(self):
-        """Return the wall time of this run, without the pauses of a killed one."""
+        """Return the wall time of this run; if it was resumed, without the time between."""
         return self.record["seconds"] + time.perf_counter() - self.clock
 
     def finish(self, clip, **metrics):
-        """Write metrics.json: how the run was made, then the script's own figures."""
+        """Write metrics.json: how the run was made, and the script's figures."""
         modules, device = (torch, torchvision, open_clip, datasets, np), clip.device
         on_gpu = device.type == "cuda"
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -561,7 +571,7 @@ class Run:
             "gradients": "bf16" if clip.bf16 else "fp32",
             "image_steps_per_s": round(clip.image_steps / clip.attack_seconds, 1) if clip.attack_seconds else None,
             "seconds": round(self.seconds() + (self.previous or {}).get("seconds", 0), 3),
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak,  # of the process
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak,
         }
         if not RANK:
             save(self.done, self.record | metrics)
@@ -578,39 +588,39 @@ def release_folder(folder, made):
 
 
 def made_with(record, changes):
-    """Say what a run was made with that is not so now."""
+    """Return a text that says how a run was made differently."""
     return f"with {'; '.join(changes)}" if "code" in record else "by an earlier version of these scripts"
 
 
-def ways_on():
-    """Say what to type where a folder holds another run."""
+def overwrite_advice():
+    """Return a text that says what to type where a folder holds another run."""
     replace = f": {command_line(*sys.argv, '--overwrite')}" if NESTED else ", add --overwrite"
     return f"To replace it{replace}; to keep it, choose another --output_dir"
 
 
 def command_line(script, *words):
-    """Write the command that runs a script of ours from this folder."""
+    """Return the command that runs one of the scripts from the current folder."""
     return shlex.join(["python", os.path.relpath(ROOT / Path(script).name), *map(str, words)])
 
 
 def flag_text(key, value):
-    """Write the value of a flag as a user would type it."""
+    """Return the value of a flag as a user would type it."""
     return radius_text(value) if key in ("eps", "alpha") and isinstance(value, float) else value
 
 
 def other_input(key):
-    """Say that an input of a run, a file or a kind of thing, is not the one that it was made with."""
+    """Return a text that says that an input of a run has changed: a file, or another kind of input."""
     return f"another version of {key}" if "/" in key else f"other {key}"
 
 
-def portable(value):
-    """As JSON holds it, paths in this checkout relative to it: a run is known again where the checkout is moved."""
+def relative_paths(value):
+    """Convert a value to what JSON holds, with paths in this checkout relative to it, so that it can be moved."""
     return json.loads(json.dumps(value).replace(json.dumps(f"{ROOT}/")[1:-1], ""))
 
 
 @lru_cache
 def checksum(path, size, time_ns):
-    """sha256 of a file, read once while its size and time stay: a run asks for that of its weights often."""
+    """Return the sha256 of a file; it is read again only if its size or time has changed."""
     content = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -619,8 +629,8 @@ def checksum(path, size, time_ns):
 
 
 def load_record(file):
-    """A metrics.json, or the start of one in .partial, as a dict."""
-    with about(f"{file} is damaged: delete it, or make its folder again with --overwrite"):
+    """Read a metrics.json, or the unfinished one in .partial."""
+    with exit_on_error(f"{file} is damaged: delete it, or make its folder again with --overwrite"):
         record = json.loads(file.read_text(encoding="utf-8"))
         if missing := RECORD_KEYS - record.keys():
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
@@ -628,28 +638,30 @@ def load_record(file):
 
 
 def digest(value):
-    """A name for plain values."""
+    """Return a hash of plain values, 20 characters."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
 
 
 def git_commit():
-    """The commit of this checkout, '-dirty' if a tracked file was changed, or None outside git."""
+    """Return the commit of this checkout, with '-dirty' if a tracked file was changed, or None outside git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
-# definitions that change no number: they speak, keep books, or give flags, which identify a run themselves
+# definitions that change no figure: messages, files, and defaults of flags, which metrics.json holds themselves
 NOT_IN_CODE = {"LAUNCHER", "LOCKS", "MEETING_SECONDS", "NESTED", "OUR_FILES", "PRESETS", "PROCESSES", "RANK", "Run"}
-NOT_IN_CODE |= {"about", "adversarial_folder", "code_checksums", "describe", "duration", "fail", "make_again"}
-NOT_IN_CODE |= {"progress", "run_script"}
+NOT_IN_CODE |= {"adversarial_folder", "code_checksums", "describe", "duration", "exit_on_error", "fail"}
+NOT_IN_CODE |= {"print_cost", "progress", "remake_command", "run_script"}
 
 
 def code_checksums(script, *names):
-    """Return a checksum of every top-level definition of ours that these of a script can reach: {module.name: ...}.
+    """Return a checksum of every top-level definition that definitions of a script use: {module.name: checksum}.
 
-    Reached is what is named: by ast.Name, or as an attribute of one of our modules. Comments, docstrings and layout
-    change nothing. The versions of the packages that numbers depend on stand beside them.
+    script   path of a script
+    names    its definitions to start from, by default main
+    A definition is used if its name occurs, alone or as an attribute of one of our modules. Comments, docstrings and
+    layout change no checksum. The versions of the packages that the figures depend on are added.
     """
     versions = {m.__name__: m.__version__.split("+")[0] for m in (torch, torchvision, open_clip, np, PIL)}
     checksums, modules, queue = {}, {}, [(Path(script), name) for name in names or ["main"]]
@@ -675,9 +687,9 @@ def code_checksums(script, *names):
 
 @lru_cache
 def parse_module(text, folder):
-    """Return a module's top-level definitions, {name: [nodes]}, and what it imports from modules in the same folder.
+    """Parse a module without its docstrings: its top-level definitions, and its imports from modules in folder.
 
-    Imports are {name: (file, the name there)}, and (file, '') for a module as a whole. Docstrings are left out.
+    returns   {name: [nodes]}; {name: (file, its name there)}, with '' for a whole module
     """
     definitions, imports, tree = defaultdict(list), {}, ast.parse(text)
     for node in ast.walk(tree):
@@ -685,7 +697,7 @@ def parse_module(text, folder):
             node.body = node.body[1:] or [ast.Pass()]
     body = list(tree.body)
     for node in body:
-        if isinstance(node, (ast.If, ast.Try)):  # what stands below is top level, too
+        if isinstance(node, (ast.If, ast.Try)):  # its statements are on the top level, too
             body += [inner for inner in ast.iter_child_nodes(node) if isinstance(inner, ast.stmt)]
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             definitions[node.name].append(node)
@@ -704,19 +716,19 @@ def parse_module(text, folder):
     return definitions, imports
 
 
-def changed_code(record, code):
-    """Name the definitions and packages that are not as they were when a run was made; '' if all are."""
+def describe_code_changes(record, code):
+    """Return a text that names the definitions and packages that have changed since a run was made, or ''."""
     was = record.get("code")
     if was is None:
         return "it does not say which"
-    changed = [key for key in was if code.get(key) != was[key]]  # what is reached anew is named by one of these
+    changed = [key for key in was if code.get(key) != was[key]]  # a new definition is used by one of these
     return ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") + (
         f" {'has' if len(changed) == 1 else 'have'} changed" if changed else ""
     )
 
 
-def make_again(folder):
-    """Say what to type to make the folder of a complete run again."""
+def remake_command(folder):
+    """Return a text that says how to make the folder of a complete run again."""
     file = folder / "metrics.json"
     words = load_record(file)["argv"] if file.is_file() else ["generate_pgd_adversarial.py"]
     words = [word for word in words if word != "--overwrite"]
@@ -724,19 +736,19 @@ def make_again(folder):
 
 
 def code_note(folder):
-    """Return one line if a complete run, or the adversarial images it was trained on, are of other code; else None."""
+    """Return a line if other code has made a complete run, or the adversarial images that it was trained on."""
     record = load_record(folder / "metrics.json")
     script = ROOT / Path(record["argv"][0]).name
-    if script.is_file() and (changed := changed_code(record, code_checksums(script))):
-        return f"{folder} was made by other code ({changed}) and is used as it is. {make_again(folder)}"
+    if script.is_file() and (changed := describe_code_changes(record, code_checksums(script))):
+        return f"{folder} was made by other code ({changed}) and is used as it is. {remake_command(folder)}"
     images = record.get("adversarial_dir")
     return code_note(Path(images)) if images and (Path(images) / "metrics.json").is_file() else None
 
 
 def save(path, value):
-    """Write tensors, a PIL image (.png), plain values or a text: path is whole then, or as it was before.
+    """Write a file as a whole or not at all: tensors, a PIL image (.png), plain values as JSON, or a text.
 
-    value   for .safetensors ({name: tensor}, {key: text}), for .pt whatever torch.save takes
+    value   for .safetensors ({name: tensor}, {key: text}); for .pt whatever torch.save takes
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -746,7 +758,7 @@ def save(path, value):
             elif path.suffix == ".safetensors":
                 file.write(safetensors.torch.save(*value))
             elif path.suffix == ".png":
-                value.save(file, "PNG", compress_level=1)  # 6 saves 5 % for 30 % more time
+                value.save(file, "PNG", compress_level=1)  # level 6 is 5 % smaller and takes 30 % more time
             else:
                 if not isinstance(value, str):
                     value = json.dumps(value, indent=1, ensure_ascii=False, default=np.ndarray.tolist) + "\n"
@@ -754,7 +766,7 @@ def save(path, value):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # of torch.save, which hides why the file could not be written
+    except RuntimeError as error:  # torch.save hides why the file could not be written
         raise (error.__context__ or error) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -765,15 +777,15 @@ def save(path, value):
 
 
 class Clip(torch.nn.Module):
-    """An open_clip model on its device, that takes pixels and captions.
+    """An open_clip model on its device, for pixels in [0, 1] and captions.
 
-    name        what it was loaded by, for messages
-    config      its open_clip_config.json: {"model_cfg": {...}, "preprocess_cfg": {...}}
+    name        of --model or the checkpoint, for messages
+    config      content of its open_clip_config.json: {"model_cfg": {...}, "preprocess_cfg": {...}}
     tokenizer   open_clip's: list of captions -> (B, context_length) int64
     batch_size  images at a time
     precision   the flag; bf16: whether gradients are computed in bfloat16. Scores are always computed in fp32
-    geometry    open_clip's preprocessing up to the pixels: size, interpolation, resize_mode, ...; plain values
-    train_ids   COCO ids that its weights were trained on, a set
+    geometry    open_clip's preprocessing up to the pixels, as plain values: size, interpolation, resize_mode, ...
+    train_ids   set of the COCO ids that its weights were trained on
     """
 
     def __init__(self, model, name, model_cfg, tokenizer, device, precision, batch_size, train_ids):
@@ -788,16 +800,16 @@ class Clip(torch.nn.Module):
         self.geometry["size"] = to_2tuple(self.geometry["size"])
         preprocess_cfg = {key: value for key, value in self.geometry.items() if key != "size"}
         self.config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
-        for key in ("mean", "std"):  # part of the model: what is attacked are pixels
+        for key in ("mean", "std"):  # the normalisation is part of the model: attacks change pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
         self.text_cache, self.train_ids = {}, train_ids
         self.weights = None  # cast_weights()'s
         self.image_steps, self.attack_seconds = 0, 0.0  # of all attacks
 
     def encode_image(self, images):
-        """(B, 3, H, W) float32 in [0, 1] -> (B, D) float32, unit norm; differentiable in images and weights.
+        """Encode (B, 3, H, W) float32 in [0, 1] to (B, D) float32, unit norm; differentiable in images and weights.
 
-        bf16 is for gradients alone: features that are scored, under torch.no_grad(), are fp32 whatever --precision.
+        With gradients the products are in bf16 if .bf16 is set; under torch.no_grad() all is fp32.
         """
         bf16 = self.bf16 and torch.is_grad_enabled()
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -839,7 +851,10 @@ class Clip(torch.nn.Module):
 
     @torch.no_grad()
     def encode_pixels(self, pixels, encode_image=None):
-        """Features of uint8 images (N, 3, H, W), a batch at a time: (N, D); encode_image: of a whole defence."""
+        """Encode uint8 images (N, 3, H, W) in batches: (N, D).
+
+        encode_image   by default that of this model; of a whole defence for its features
+        """
         encode_image, features = encode_image or self.encode_image, []
         for start in progress(range(0, len(pixels), self.batch_size), "encode"):
             features.append(encode_image(as_images(pixels[start : start + self.batch_size], self.device)))
@@ -850,12 +865,12 @@ class Clip(torch.nn.Module):
 
     @torch.no_grad()
     def encode_text(self, captions):
-        """List of B strings -> (B, D) float32, unit norm. Each caption is computed once, in fp32, and kept."""
+        """Encode a list of B captions to (B, D) float32, unit norm; each caption is encoded once and kept."""
         missing = list(dict.fromkeys(caption for caption in captions if caption not in self.text_cache))
         for start in progress(range(0, len(missing), 256), "captions"):
             chunk = missing[start : start + 256]
             features = F.normalize(self.model.encode_text(self.tokenizer(chunk).to(self.device)).float(), dim=-1)
-            if not ((features.norm(dim=1) - 1).abs() < 1e-3).all():  # a rank among NaN would be the first
+            if not ((features.norm(dim=1) - 1).abs() < 1e-3).all():  # among NaN every caption would rank first
                 fail(f"{self.name}: features of captions are not of unit norm: the weights are damaged")
             self.text_cache.update(zip(chunk, features))
         return torch.stack([self.text_cache[caption] for caption in captions])
@@ -940,12 +955,12 @@ def tower_block(x, weights, heads, eps, activation, last):
 
 
 def is_plain(visual):
-    """Whether a tower is open_clip's VisionTransformer as OpenAI's CLIP has it, which fast_tower() knows."""
+    """Return whether a tower is open_clip's VisionTransformer in the form of OpenAI's CLIP, as fast_tower() needs."""
     if type(visual) is not open_clip.transformer.VisionTransformer or visual.conv1.weight.device.type == "mps":
-        return False  # attention of a single query was wrong on mps (torch issues 163597, 181133)
+        return False  # on mps attention of a single query was wrong (torch issues 163597, 181133)
     if visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool or visual.output_tokens:
         return False
-    block = visual.transformer.resblocks[0]  # all are alike
+    block = visual.transformer.resblocks[0]  # all blocks are built alike
     if len({norm.eps for each in visual.transformer.resblocks for norm in (each.ln_1, each.ln_2)}) > 1:
         return False
     known = repr(block.mlp.gelu) in ("GELU(approximate='none')", "QuickGELU()")
@@ -955,27 +970,27 @@ def is_plain(visual):
 
 
 def pick_device(name):
-    """The torch.device of --device, set up so that what is scored there is exact."""
+    """Return the torch.device of --device, and switch off what would make scores on it inexact."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and PROCESSES > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    with about(f"--device {name} is not usable here"):
+    with exit_on_error(f"--device {name} is not usable here"):
         if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name):
             raise ValueError("write cuda, cuda:1, mps, cpu or auto")
         device = torch.empty(0, device=name).device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # what is meant by calls that name none
-            torch.backends.cuda.enable_cudnn_sdp(False)  # wrong for 257 tokens on Hopper until January 2026
+            torch.cuda.set_device(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # until January 2026 wrong for 257 tokens on Hopper
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         return device
 
 
 SCHEMAS = "local-dir:", "hf-hub:"
-WEIGHTS = ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"]  # by open_clip's preference
+WEIGHTS = ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"]  # in open_clip's order
 WEIGHTS += ["open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"]
 WEIGHTS += ["model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"]
-DELTA_CLIP_TOKENIZER = {  # of Delta-CLIP (arXiv:2501.09446), whose own code has it; open_clip's gives the same ids
+DELTA_CLIP_TOKENIZER = {  # Delta-CLIP (arXiv:2501.09446) has a tokenizer of its own; this one gives the same ids
     "hf_tokenizer_name": "google-bert/bert-base-uncased",
     "tokenizer_mode": "clips",
     "tokenizer_kwargs": {"bos_token": "[unused0]", "eos_token": "[unused1]"},
@@ -984,10 +999,10 @@ DELTA_CLIP_TOKENIZER = {  # of Delta-CLIP (arXiv:2501.09446), whose own code has
 
 @lru_cache
 def model_folder(name):
-    """Return the folder of a local-dir: or hf-hub: model; what is missing of a hub's model is downloaded.
+    """Return the folder of a local-dir: or hf-hub: model.
 
-    Of a hub's model it holds the configuration, the tokenizer's files and one file of weights, and has the commit as
-    its name.
+    From a hub the configuration, the tokenizer and one file of weights are downloaded; the folder is named by the
+    commit.
     """
     if name.startswith("local-dir:"):
         return Path(name.removeprefix("local-dir:"))
@@ -1009,10 +1024,10 @@ def model_folder(name):
 def model_checksums(name, pretrained="", flag="--model"):
     """Return what identifies a model beside its name: {file: sha256}, or for the hub {name: commit}.
 
-    flag   that the name was given by, for messages
+    flag   the flag that the name comes from, for messages
     """
     files = [Path(pretrained)] if os.path.isfile(pretrained) else []
-    with about(f"cannot load {flag} {name}"):
+    with exit_on_error(f"cannot load {flag} {name}"):
         if name.startswith("hf-hub:"):
             return {name: model_folder(name).name} | file_checksums(files)
         if name.startswith("local-dir:"):
@@ -1025,7 +1040,7 @@ def model_checksums(name, pretrained="", flag="--model"):
 
 
 def source_checksums(source):
-    """model_checksums() of what a row of evaluate.py is loaded from: local-dir:, hf-hub: or a file of weights."""
+    """Return model_checksums() of a row of evaluate.py, from local-dir:, hf-hub: or a file of weights."""
     if source.startswith(SCHEMAS):
         return model_checksums(source, flag="--checkpoint")
     return file_checksums([Path(source)])
@@ -1033,7 +1048,7 @@ def source_checksums(source):
 
 def file_checksums(files):
     """Return {path: sha256} of files."""
-    return {portable(str(file)): checksum(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+    return {relative_paths(str(file)): checksum(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
 
 
 def weights_file(folder):
@@ -1054,7 +1069,7 @@ def read_config(folder):
     if (folder / "open_clip_config.json").is_file():
         config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
         text_cfg = config["model_cfg"]["text_cfg"]
-        if text_cfg.pop("vocab_path", None):  # of Delta-CLIP's changed open_clip
+        if text_cfg.pop("vocab_path", None):  # a key of Delta-CLIP alone
             text_cfg |= DELTA_CLIP_TOKENIZER
         return config
     if is_transformers(folder):
@@ -1072,14 +1087,14 @@ def config_from_transformers(folder):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "clip":
         raise ValueError(f"its config.json is of a {config.get('model_type')!r} model, and only 'clip' can be read")
-    # what a config.json leaves out has the default of CLIPTextConfig and CLIPVisionConfig
+    # defaults of CLIPTextConfig and CLIPVisionConfig, which a config.json may leave out
     text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
     text |= {"max_position_embeddings": 77, "vocab_size": 49408, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     vision |= {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     for part, name in ((text, "text_config"), (vision, "vision_config")):
         part |= config.get(name) or {}
-        part |= config.get(f"{name}_dict") or {}  # of old files, which hold both
+        part |= config.get(f"{name}_dict") or {}  # old files hold both
     activations = {text["hidden_act"], vision["hidden_act"]}
     if len(activations) > 1 or not activations <= {"quick_gelu", "gelu"}:
         raise ValueError(f"open_clip has no model with the activations {', '.join(sorted(activations))}")
@@ -1141,20 +1156,20 @@ def rename_from_transformers(tensors):
     for name in [name for name in renamed if ".self_attn.q_proj." in name]:
         parts = [renamed.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
         renamed[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
-    return renamed  # with position_ids of old files, which compare_weights() leaves out
+    return renamed  # compare_weights() leaves out the position_ids of old files
 
 
 def save_model(folder, clip, train_ids):
-    """Write a model that open_clip opens as local-dir:FOLDER, its configuration last: with one the folder is whole.
+    """Write a model that open_clip opens as local-dir:FOLDER. The configuration is written last: with it all is there.
 
-    train_ids   COCO ids that it was trained on, kept in the metadata of the weights
+    train_ids   COCO ids that it was trained on, stored in the metadata of the weights
     """
     config = folder / "open_clip_config.json"
     config.unlink(missing_ok=True)
     weights = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in clip.model.state_dict().items()}
-    metadata = {"train_ids": json.dumps(sorted(train_ids))}  # of several keys the order in the file is random
+    metadata = {"train_ids": json.dumps(sorted(train_ids))}  # one key: several would be written in a random order
     save(folder / "open_clip_model.safetensors", (weights, metadata))
-    if hasattr(clip.tokenizer, "save_pretrained"):  # one of Hugging Face, which open_clip looks for in the folder
+    if hasattr(clip.tokenizer, "save_pretrained"):  # open_clip looks for a tokenizer of Hugging Face in the folder
         clip.tokenizer.save_pretrained(folder)
     save(config, clip.config)
 
@@ -1169,35 +1184,36 @@ def shared_preprocessing(name):
 
 
 def load_clip(args, source=None):
-    """Load the CLIP of --model and --pretrained, or with source another one.
+    """Load the CLIP of --model and --pretrained, or another one.
 
-    source   local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model: a whole model's, or those of a visual
-             tower alone, which keeps the text tower of --pretrained
+    source   local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model: of a whole model, or of a visual tower
+             alone, to which the text tower of --pretrained is kept
     """
     name, pretrained = args.model, args.pretrained
     if source and source.startswith(SCHEMAS):
         name, pretrained, source = source, "", None
-    torch.manual_seed(args.seed)  # random weights are the same in every script
-    with about(f"cannot load --model {name} --pretrained {pretrained!r}; open_clip.list_pretrained() lists both"):
+    torch.manual_seed(args.seed)  # so that --pretrained random gives every script the same weights
+    names = f"--model {name} --pretrained {pretrained!r}"
+    with exit_on_error(f"cannot load {names}; open_clip.list_pretrained() lists both"):
         make = model_from_folder if name.startswith(SCHEMAS) else model_by_name
         model, model_cfg, tokenizer, weights = make(name, pretrained)
     train_ids = set()
     for file in [weights, source and Path(source)]:
         if file:
-            with about(f"cannot use {file}"):
+            with exit_on_error(f"cannot use {file}"):
                 train_ids |= load_weights(model, file, tower_alone=file is not weights)
-    with about(f"cannot use {source or weights or pretrained} for {name}"):
+    with exit_on_error(f"cannot use {source or weights or pretrained} for {name}"):
         device = pick_device(args.device)
         return Clip(model, name, model_cfg, tokenizer, device, args.precision, args.batch_size, train_ids)
 
 
 def model_from_folder(name, pretrained):
-    """Make the model of local-dir: or hf-hub:; return it, its configuration, its tokenizer, its file of weights."""
+    """Return the model of local-dir: or hf-hub:, without weights, its configuration, tokenizer and file of weights."""
     if pretrained and pretrained != "random" and not os.path.isfile(pretrained):
         raise ValueError("such a model brings its weights: leave --pretrained out, or give a file or 'random'")
     folder = model_folder(name)
     config = read_config(folder)
-    with tempfile.TemporaryDirectory() as stock:  # open_clip makes models of its own configurations alone
+    with tempfile.TemporaryDirectory() as stock:  # open_clip builds models from its own configurations only
         Path(stock, "open_clip_config.json").write_text(json.dumps(config))
         options = {"load_weights": False, "pretrained_text": False}
         model = open_clip.create_model(f"local-dir:{stock}", **options)
@@ -1214,18 +1230,18 @@ def model_from_folder(name, pretrained):
 
 
 def load_tokenizer(source, **options):
-    """Load a tokenizer of Hugging Face from a folder or by its name, as open_clip does."""
-    with about(f"cannot load the tokenizer {source}, which needs pip install transformers"):
+    """Load a Hugging Face tokenizer from a folder or by its name, as open_clip does."""
+    with exit_on_error(f"cannot load the tokenizer {source}, which needs pip install transformers"):
         return open_clip.tokenizer.HFTokenizer(source, **options)
 
 
 def model_by_name(name, pretrained):
-    """Make the model of an open_clip name; return it, its configuration, its tokenizer, its file of weights or None."""
+    """Return the model of an open_clip name, its configuration, its tokenizer, and a file of weights or None."""
     name = name.replace("/", "-")  # open_clip takes ViT-B/32, too
     tag, is_file = open_clip.get_pretrained_cfg(name, pretrained), os.path.isfile(pretrained)
     model_cfg = open_clip.get_model_config(name)
     quick_gelu = tag.get("quick_gelu", False)
-    if tag and quick_gelu != model_cfg.get("quick_gelu", False):  # of which open_clip only warns
+    if tag and quick_gelu != model_cfg.get("quick_gelu", False):  # open_clip only warns
         other = f"{name}-quickgelu" if quick_gelu else name.removesuffix("-quickgelu")
         raise ValueError(f"they disagree on QuickGELU, and features would be wrong: use --model {other}")
     if is_file or pretrained == "random":
@@ -1243,14 +1259,14 @@ def model_by_name(name, pretrained):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights: found in whatever people save, by the names and shapes of the tensors
+# Weights: a model's tensors are found in a file by their names and shapes
 
 
 def load_weights(model, file, tower_alone=False):
-    """Fill model from a file of weights without running code in it; returns the COCO ids that it was trained on.
+    """Load a file of weights into a model, without running code from it; return the COCO ids that it was trained on.
 
-    file          .safetensors, or what torch.save writes: tensors in dictionaries of any depth, under any prefix
-    tower_alone   whether a visual tower without a text tower will do
+    file          .safetensors, or written by torch.save: tensors in dictionaries of any depth, under any prefix
+    tower_alone   whether a visual tower without a text tower is enough
     """
     saved, train_ids = read_tensors(file)
     if is_transformers(file.parent) and file.name in WEIGHTS:
@@ -1295,7 +1311,7 @@ def read_tensors(file):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # in which training scripts save their flags
             saved = torch.load(file, "cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose text would have the reader allow code
+    except pickle.UnpicklingError:  # its message advises to allow code
         raise ValueError("it holds code, or objects that are not plain tensors, or is damaged") from None
     if not isinstance(saved, dict):
         raise ValueError(f"it holds a {type(saved).__name__}, not a dictionary of tensors")
@@ -1304,9 +1320,9 @@ def read_tensors(file):
 
 @dataclass
 class Fit:
-    """How well the tensors under one prefix fit a module."""
+    """How well the tensors with one prefix fit a module."""
 
-    where: str  # keys of the dictionaries, then the prefix
+    where: str  # keys of the nested dictionaries, then the prefix
     state: dict  # {the module's name: tensor}
     count: int  # names that are there in the right shape
     problem: str  # why they do not fit, or ''
@@ -1315,7 +1331,7 @@ class Fit:
 def find_weights(saved, module):
     """Compare a module with every set of tensors in saved that may be its own: [Fit], in the order of the file."""
     wanted, fits = list(module.state_dict()), []
-    anchor = "logit_scale" if "logit_scale" in wanted else wanted[0]  # every whole model has the former
+    anchor = "logit_scale" if "logit_scale" in wanted else wanted[0]  # a name that occurs once in each whole set
     for where, tensors in tensor_dicts(saved):
         for key in tensors:
             prefix = key.removesuffix(anchor)
@@ -1336,7 +1352,7 @@ def tensor_dicts(saved, where=""):
 
 
 def convert_weights(state, module):
-    """Convert tensors as open_clip does when it loads a file: old and others' names, the shape of logit_scale."""
+    """Convert tensors as open_clip does when it loads a file: old names, and the shape of logit_scale."""
     if "logit_scale" not in state or not hasattr(module, "logit_scale"):
         return state
     state = open_clip.convert.convert_state_dict(module, state)
@@ -1350,7 +1366,7 @@ def convert_weights(state, module):
 
 
 def compare_weights(where, state, module):
-    """Return the Fit of a state dict: all names of the module's, in the same shapes, and no others within its parts."""
+    """Return the Fit of a state dict: it needs all names of the module in its shapes, and no others in its parts."""
     wanted = module.state_dict()
     fitting = [name for name in wanted if name in state and state[name].shape == wanted[name].shape]
     further = [name for name in state if name not in wanted and "." in name and hasattr(module, name.split(".")[0])]
@@ -1370,7 +1386,7 @@ def compare_weights(where, state, module):
 
 
 def closest(fits):
-    """Return the Fit with the most names in common."""
+    """Return the Fit with the most matching names."""
     return max(fits, key=lambda fit: fit.count)
 
 
@@ -1383,9 +1399,9 @@ def has_text_weights(names):
 # Data: MMEB from the hub or a local copy, a folder in the ImageFolder format, or COCO's captions_*.json
 
 CONFIG = "MSCOCO_i2t"
-LARGEST_FILE, LARGEST_IMAGE = 20_000_000, 50_000_000  # bytes, pixels: bombs are not unpacked
-Image.MAX_IMAGE_PIXELS = None  # read_image() looks itself
-SPLITS = {  # split, image column, caption column (a list has the positive first), start of the file names kept
+LARGEST_FILE, LARGEST_IMAGE = 20_000_000, 50_000_000  # bytes, pixels; larger ones are refused
+Image.MAX_IMAGE_PIXELS = None  # read_image() checks the size
+SPLITS = {  # MMEB's split, image column, caption column (in a list the own caption is first), start of the file names
     "train": ("original", "qry_image_path", "pos_text", "COCO_train2014_"),
     "eval": ("test", "qry_img_path", "tgt_text", "COCO_"),
 }
@@ -1393,7 +1409,7 @@ METADATA = ["metadata.jsonl", "metadata.csv"]  # of the ImageFolder format
 
 
 def as_images(pixels, device):
-    """uint8 (B, 3, H, W), numpy or a tensor on the CPU -> float32 in [0, 1] on the device."""
+    """Convert uint8 (B, 3, H, W), numpy or a tensor on the CPU, to float32 in [0, 1] on the device."""
     return torch.tensor(np.asarray(pixels), device=device).float() / 255
 
 
@@ -1426,26 +1442,28 @@ def take(rows, indices):
 
 
 def is_own(source):
-    """Return whether a data set is the user's own: a folder in the ImageFolder format, or COCO's captions_*.json."""
+    """Return whether a data set is not MMEB: a folder in the ImageFolder format, or COCO's captions_*.json."""
     return source.endswith(".json") or any(os.path.isfile(os.path.join(source, name)) for name in METADATA)
 
 
 def load_rows(args, split, count=None):
-    """Return the first count images of a split as a datasets.Dataset, by default --num_images, which becomes a number.
+    """Return the first images of a split as a datasets.Dataset with these columns:
 
-    path      as the data set has it
-    name      of its adversarial image's file
-    coco_id   or None for an image that is not known to be COCO's
-    captions  those of the image; caption is their first, which is attacked
-    texts     what it is retrieved from, with MMEB's --candidates
-    checksum  of path, captions and the content of the image file, without decoding it; from a hub the commit stands for
+    path      of the image, as the data set names it
+    name      of the file of its adversarial image
+    coco_id   None for an image that is not known to be COCO's
+    captions  of the image; caption is the first of them, which is attacked
+    texts     the captions to retrieve from with --candidates mmeb
+    checksum  of path, captions and the content of the image file, which is not decoded; on a hub the commit stands for
               the content
+
+    count   how many images, by default --num_images, which is set to their number if it was not given
     """
     source, folder = getattr(args, f"{split}_data"), image_folder(args, split)
     rows, commit = read_rows(args, split)
     if count is None:
         args.num_images = count = args.num_images or len(rows)
-    with about(f"--{split}_data {source}"):
+    with exit_on_error(f"--{split}_data {source}"):
         if len(rows) < count:
             kind = "train2014 images" if split == "train" and not is_own(source) else "images"
             raise ValueError(f"it has {len(rows)} distinct {kind} and {count} are needed: ask for fewer")
@@ -1460,7 +1478,7 @@ def load_rows(args, split, count=None):
 
 
 def load_training_rows(args):
-    """Return --num_images and then --val_images images of the training split; of own pictures a tenth validates."""
+    """Return --num_images training images and then --val_images for validation; of own pictures by default a tenth."""
     if args.num_images is None or args.val_images is None:
         count = len(read_rows(args, "train")[0])
         args.val_images = args.val_images or min(PRESETS["val_images"][args.preset], max(1, count // 10))
@@ -1474,7 +1492,7 @@ def known_ids(examples):
 
 
 def image_folder(args, split):
-    """Return where the images of a split lie: --image_root, the folder of a captions_*.json, or the data set itself."""
+    """Return the folder of a split's images: --image_root, the folder of a captions_*.json, or the data set itself."""
     source = getattr(args, f"{split}_data")
     folder = os.path.dirname(source) or "." if source.endswith(".json") else source
     for root in args.image_root or ():
@@ -1490,7 +1508,7 @@ def image_folder(args, split):
 
 
 def content_checksum(files, name):
-    """Return a checksum of an image file in a zip, which has one in its directory, or in a folder."""
+    """Return a checksum of an image file in a folder, or in a zip, whose directory has one."""
     if isinstance(files, zipfile.ZipFile):
         member = files.getinfo(name)
         return f"{member.CRC:08x} {member.file_size}"
@@ -1500,9 +1518,9 @@ def content_checksum(files, name):
 
 
 def read_rows(args, split):
-    """Return all distinct images of a split, as load_rows() has them, and the commit of a hub's data set or None."""
+    """Return all distinct images of a split, as in load_rows(), and the commit of a hub's data set or None."""
     source = getattr(args, f"{split}_data")
-    with about(f"--{split}_data {source}"):
+    with exit_on_error(f"--{split}_data {source}"):
         if source.endswith(".json"):
             rows, commit = read_coco(source), None
         elif is_own(source):
@@ -1540,7 +1558,7 @@ def read_mmeb(source, split):
     else:
         table = datasets.load_dataset(source, CONFIG, split=name, verification_mode="no_checks")  # of a stale row count
         commit = re.search(r"@([0-9a-f]{40})/", " ".join(table.info.download_checksums or ()))
-        # in arrow's format nothing is decoded that the data set declares its values to be
+        # arrow's format does not decode images, whatever the data set declares a column to be
         tables = [table.select_columns(columns).with_format("arrow")[:]]
     rows = []
     for table in tables:
@@ -1555,9 +1573,9 @@ def read_mmeb(source, split):
 
 
 def mmeb_files(folder, split, columns):
-    """Return the parquet files of a split in a local copy of MMEB, known by their columns, whatever the card says."""
+    """Return the parquet files of a split in a local copy of MMEB; they are recognised by their columns."""
     files = [file for file in sorted(Path(folder).rglob("*.parquet")) if {*columns} <= {*pq.read_schema(file).names}]
-    files = [file for file in files if CONFIG in file.parts] or files  # of all tasks
+    files = [file for file in files if CONFIG in file.parts] or files  # the copy may hold other tasks
     files = [file for file in files if file.name.startswith(f"{split}-")] or files
     if not files:
         names = " and ".join(columns)
@@ -1599,25 +1617,25 @@ def read_coco(file):
 
 
 def load_examples(args, split, rows, geometry):
-    """Decode the images of rows: a datasets.Dataset of their columns and pixels, uint8 (3, H, W).
+    """Decode the images of rows: a datasets.Dataset with their columns and pixels, uint8 (3, H, W).
 
-    geometry   that of a Clip; decoded once for each, kept under --cache_dir, memory-mapped
+    geometry   of a Clip; the images are decoded once for each geometry, into a memory-mapped file in --cache_dir
     """
     source = getattr(args, f"{split}_data")
-    with about(f"--{split}_data {source}"):
+    with exit_on_error(f"--{split}_data {source}"):
         key = digest([rows.to_dict(), geometry, args.skip_bad_images])
         cache = Path(args.cache_dir, f"{key}.arrow").absolute()
         if RANK:
-            gather()  # rank 0 decodes first, and the others find it done
+            gather()  # rank 0 decodes, and the others wait
         examples = None
-        with suppress(ValueError, OSError):  # there is none, or it is damaged
+        with suppress(ValueError, OSError):  # the file is missing or damaged
             examples = datasets.Dataset.from_file(str(cache))
-        if examples is None or (len(examples) < len(rows) and not args.skip_bad_images):  # or it was cut
+        if examples is None or (len(examples) < len(rows) and not args.skip_bad_images):  # the file is cut
             examples = decode_rows(image_folder(args, split), rows, geometry, args.skip_bad_images, cache)
         if not RANK:
             gather()
         if len(examples) == 0:
-            cache.unlink(missing_ok=True)  # the next run says again which, and why
+            cache.unlink(missing_ok=True)  # so that the next run names the broken images again
             raise ValueError("none of the images could be decoded")
         if len(examples) < len(rows):
             print(f"--{split}_data {source}: {len(rows) - len(examples)} broken images are left out")
@@ -1625,7 +1643,7 @@ def load_examples(args, split, rows, geometry):
 
 
 def decode_rows(folder, rows, geometry, skip_bad_images, cache):
-    """rows with their pixels, written to the file cache; a broken image ends it, or is left out."""
+    """Decode the images of rows into the file cache and return them; exit at a broken image, or leave it out."""
     cache.parent.mkdir(parents=True, exist_ok=True)
     need = 1.1 * len(rows) * 3 * math.prod(geometry["size"])
     if shutil.disk_usage(cache.parent).free < need:
@@ -1639,10 +1657,10 @@ def decode_rows(folder, rows, geometry, skip_bad_images, cache):
                 data = file.read(LARGEST_FILE + 1)
             return transform(read_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
         except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
-            said = f"broken image {path} ({describe(error)})"
+            message = f"broken image {path} ({describe(error)})"
             if not skip_bad_images:
-                raise ValueError(f"{said}; --skip_bad_images leaves such images out") from None
-            print(f"{said}: left out")
+                raise ValueError(f"{message}; --skip_bad_images leaves such images out") from None
+            print(f"{message}: left out")
 
     def decode_batch(batch):
         columns = {**batch, "pixels": [decode(path) for path in batch["path"]]}
@@ -1650,19 +1668,19 @@ def decode_rows(folder, rows, geometry, skip_bad_images, cache):
         return {name: [values[i] for i in sound] for name, values in columns.items()}
 
     options = {"batched": True, "batch_size": 64, "features": kinds, "new_fingerprint": cache.stem}
-    options["load_from_cache_file"] = False  # what lies there is damaged
+    options["load_from_cache_file"] = False  # a file there is damaged
     return rows.map(decode_batch, **options, cache_file_name=str(cache), desc="decode")
 
 
 def to_geometry(geometry):
-    """open_clip's own preprocessing up to the pixels: PIL image -> uint8 (3, H, W)."""
+    """Return open_clip's own preprocessing up to the pixels: PIL image -> uint8 (3, H, W)."""
     resize = image_transform_v2(PreprocessCfg(**geometry), is_train=False)
-    del resize.transforms[-2:]  # to float, and the normalisation
+    del resize.transforms[-2:]  # the conversion to float and the normalisation
     return lambda image: np.asarray(resize(image)).transpose(2, 0, 1)
 
 
 def read_image(data, formats):
-    """An image file's bytes -> PIL image, RGB; ValueError for whatever is no photograph of 8 bits a channel."""
+    """Decode the bytes of an image file to a PIL image, RGB; ValueError if it is no image of 8 bits a channel."""
     try:
         if len(data) > LARGEST_FILE:
             raise ValueError(f"more than {LARGEST_FILE / 1e6:.0f} MB")
@@ -1672,54 +1690,62 @@ def read_image(data, formats):
                 raise ValueError(f"{width} x {height} pixels")
             if image.mode[0] in "IF":
                 raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
-            return ImageOps.exif_transpose(image).convert("RGB")  # a phone's photograph lies on its side
-    except Exception as error:  # a damaged or hostile file raises anything
+            return ImageOps.exif_transpose(image).convert("RGB")  # phones store photographs rotated
+    except Exception as error:  # a damaged file raises any exception
         raise ValueError(describe(error)) from None
 
 
 def find_images(source, paths):
-    """What opens the images of the rows' paths, a folder or the likeliest of its zips, and {path: name in it}.
+    """Find the image files of paths in a folder, in one of its zips, or on a hub.
 
-    They are looked up by name in what the folder or the zip really lists, so that no path leads out of it; of several
-    of one name that is taken which shares most of the path's folders. macOS's AppleDouble members have other names.
-    Of a hub's zips that of MSCOCO_i2t alone is downloaded, of those of all tasks the needed members, by range requests.
+    returns   what opens them (a file system or a ZipFile), {path: the name to open}
+
+    A path is only looked up among the names that the folder or zip lists, so that none leads out of it. The first zip
+    that has all images is used. From a hub the zip of MSCOCO_i2t is downloaded; of a zip of all tasks only the members
+    needed are read, by range requests.
     """
     local = os.path.isdir(source)
     fs, root = fsspec.url_to_fs(source if local else f"hf://datasets/{source}")
     names, inside, looked_into = fs.find(root), os.path.realpath(root) + os.sep, []
     zips = sorted((name for name in names if name.endswith(".zip")), key=lambda name: (CONFIG not in name, name))
-    if local:  # nor does a link lead out
+    if local:  # a link may lead out, too
         names = [name for name in names if os.path.realpath(name).startswith(inside)]
-    for place in ["", *zips]:
-        with about(f"{place or root} cannot be read"):  # a block: about one image
-            files = zipfile.ZipFile(fs.open(place, block_size=2**16)) if place else fs
-        found = match_files(paths, sorted(files.namelist()) if place else names)
+    for archive in ["", *zips]:
+        with exit_on_error(f"{archive or root} cannot be read"):  # blocks of about one image
+            files = zipfile.ZipFile(fs.open(archive, block_size=2**16)) if archive else fs
+        found = match_files(paths, sorted(files.namelist()) if archive else names)
         if len(found) == len(paths):
-            if CONFIG in place and not local:
-                place = huggingface_hub.hf_hub_download(source, place.removeprefix(f"{root}/"), repo_type="dataset")
-                files = zipfile.ZipFile(place)
+            if CONFIG in archive and not local:
+                archive = huggingface_hub.hf_hub_download(source, archive.removeprefix(f"{root}/"), repo_type="dataset")
+                files = zipfile.ZipFile(archive)
             return files, found
         missing = next(path for path in paths if path not in found)
-        looked_into.append(f"{place or 'the folder'} has {len(found)} of them and not {missing}")
+        looked_into.append(f"{archive or 'the folder'} has {len(found)} of them and not {missing}")
     raise FileNotFoundError(f"{len(paths)} images looked for: {'; '.join(looked_into[:5])}")
 
 
-def match_files(paths, names):
-    """For each row path the file of its name whose folders fit best: {path: name}."""
-    named, found = {}, {}
-    for name in names:
-        named.setdefault(PurePosixPath(name).name, []).append(name)
+def match_files(paths, files):
+    """Map each path to the file of the same name that shares the most trailing folders with it: {path: file}."""
+
+    def shared_folders(path, file):
+        pairs = zip(reversed(PurePosixPath(path).parts), reversed(PurePosixPath(file).parts))
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    files_by_name = defaultdict(list)
+    for file in files:
+        files_by_name[PurePosixPath(file).name].append(file)
+    matches = {}
     for path in paths:
-        folders = PurePosixPath(path).parts[::-1]
-        if same := named.get(folders[0]):
-            found[path] = max(same, key=lambda n: sum(accumulate(map(eq, folders, PurePosixPath(n).parts[::-1]), and_)))
-    return found
+        if candidates := files_by_name.get(PurePosixPath(path).name):
+            matches[path] = max(candidates, key=partial(shared_folders, path))
+    return matches
 
 
 def load_training_sets(args, rows, geometry):
-    """Decode rows into --num_images training images and the --val_images after them; none may be an evaluation image.
+    """Decode rows into --num_images training images and the validation images after them.
 
-    That is known by COCO id (all rows of the evaluation split) and by pixels (the images of the preset's table).
+    Exit if one of them is an evaluation image: by its COCO id, compared with the whole evaluation split, or by its
+    pixels, compared with the images of the preset's table.
     """
     training = load_examples(args, "train", rows.select(range(args.num_images)), geometry)
     validation = load_examples(args, "train", rows.select(range(args.num_images, len(rows))), geometry)
@@ -1736,8 +1762,8 @@ def load_training_sets(args, rows, geometry):
     used = load_examples(args, "eval", load_rows(args, "eval", count), geometry)
     path_of = {row["pixels"].tobytes(): row["path"] for row in used}
     for row in both:
-        if twin := path_of.get(row["pixels"].tobytes()):
-            fail(f"leakage: training image {row['path']} has the same pixels as evaluation image {twin}")
+        if path := path_of.get(row["pixels"].tobytes()):
+            fail(f"leakage: training image {row['path']} has the same pixels as evaluation image {path}")
     return training, validation
 
 
@@ -1747,18 +1773,18 @@ def load_training_sets(args, rows, geometry):
 
 @dataclass(frozen=True)
 class Attack:
-    """A budget and how it is spent; what makes the result, so the key under which a run keeps it."""
+    """The budget of an attack and how it is spent; its fields are part of the key under which a run stores results."""
 
     eps: float  # L-inf radius, pixels in [0, 1]
     alpha: float  # step size on the same scale
     steps: int
-    seed: int | None = 0  # of the noise around the start; None adds none
-    momentum: float = 0.0  # with it, steps shrink by a half cosine
-    loss: str = "cosine"  # with the own caption; or margin, the lead of the hardest other caption
+    seed: int | None = 0  # of the noise that is added to the start; None adds none
+    momentum: float = 0.0  # with momentum the steps shrink by a half cosine
+    loss: str = "cosine"  # with the own caption; or "margin", the lead of the hardest other caption
 
 
 def white_box(eps, steps, through_jpeg=False):
-    """The attack of the white-box columns, from where pgd() is told to start."""
+    """Return the attack of the white-box columns."""
     # first step, in radii, and momentum: chosen on training images, of the tiny CLIP and of a real ViT-B/16 tower
     first, momentum = (2, 0.5) if through_jpeg else (1, 0.75)
     return Attack(eps, first * eps, steps, seed=None, momentum=momentum)
@@ -1769,17 +1795,17 @@ def pgd(loss_fn, images, attack, start=None, check_range=True):
 
     images    (B, 3, H, W) float32 in [0, 1], before CLIP's normalisation
     loss_fn   maps such a batch to (B,) losses, one per image, higher = worse for the model
-    start     where to begin, like images, moved into the ball; None begins at images
-    check_range   look whether the pixels lie in [0, 1], for which the host waits for the device
+    start     where to begin, like images; it is moved into the ball. None begins at images
+    check_range   check that the pixels lie in [0, 1], for which the host waits for the device
     returns   like images, for each the iterate of the highest loss; {what went wrong: in which images, (B,) bool}
 
     PGD of Madry et al. 2018 (arXiv:1706.06083), except that the best iterate is kept, not the last. With momentum it is
     MI-FGSM of Dong et al. 2018 (arXiv:1710.06081, equations 6 and 7), except that the gradient is divided by its mean
     absolute value, which changes no sign, and that steps shrink by a half cosine from alpha to 3 % of it.
 
-    A loss or gradient that is not finite adds nothing and is counted, as is a gradient of zero in every pixel: neither
-    may pass for robustness. Pixels outside [0, 1] raise ValueError. Differentiates the pixels alone: no parameter's
-    .grad is touched. The model's mode is the caller's.
+    A loss or gradient that is not finite changes nothing and is reported, as is a gradient that is zero in every
+    pixel, so that neither passes for robustness. Pixels outside [0, 1] raise ValueError. No parameter's .grad is
+    changed. The caller chooses the model's mode.
     """
     if check_range and (images.min() < 0 or images.max() > 1):
         raise ValueError(f"pgd needs pixels in [0, 1], got [{images.min():.2f}, {images.max():.2f}]: normalised?")
@@ -1814,7 +1840,7 @@ def pgd(loss_fn, images, attack, start=None, check_range=True):
 
 
 def start_noise(images, eps, seed, indices):
-    """images moved by uniform noise in [-eps, eps], each by that of (seed, its index): whatever the batch size."""
+    """Add uniform noise in [-eps, eps] to images, each by its own (seed, index), so that no batch size matters."""
     noise = torch.empty(images.shape)
     for row, index in zip(noise, indices):
         row.uniform_(-1, 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
@@ -1822,7 +1848,7 @@ def start_noise(images, eps, seed, indices):
 
 
 def grey_levels(eps):
-    """The largest whole number of grey levels inside a radius on the [0, 1] scale."""
+    """Return the largest whole number of grey levels inside a radius on the [0, 1] scale."""
     return math.floor(eps * 255 + 1e-6)
 
 
@@ -1973,20 +1999,20 @@ def own_caption(text_features, encode_image, here=slice(None)):
 
 
 def sum_health(parts):
-    """The health of several batches as one."""
+    """Combine the health of several batches."""
     return {key: (max if key.startswith("max") else sum)(part[key] for part in parts) for key in parts[0]}
 
 
 def linf_grey_levels(pixels, pixels_adv):
-    """Largest difference of each image to its twin, uint8 (..., 3, H, W) both: (...) whole grey levels."""
+    """Return the largest difference of each image, uint8 (..., 3, H, W) both: (...) whole grey levels."""
     return np.abs(np.asarray(pixels, np.int16) - np.asarray(pixels_adv, np.int16)).max((-3, -2, -1))
 
 
 def adversarial_folder(args, split):
-    """Return --adversarial_dir, or its default, which generate_pgd_adversarial.py makes or extends where it must."""
+    """Return --adversarial_dir or its default, after generate_pgd_adversarial.py has made or extended the default."""
     folder = Path(args.adversarial_dir or stage_folder(args, f"adversarial_{split}"))
     words = ["--split", split, "--num_images", args.num_images]
-    flags = SHARED if hasattr(args, "lr") else f"{SHARED} batch_size"  # a training's batches are its own
+    flags = SHARED if hasattr(args, "lr") else f"{SHARED} batch_size"  # a training's batch size is for the training
     command = command_of("generate_pgd_adversarial.py", args, f"adversarial_{split}", *words, flags=flags)
     record = load_record(folder / "metrics.json") if (folder / "metrics.json").exists() else None
     if record:
@@ -1998,21 +2024,21 @@ def adversarial_folder(args, split):
     if args.adversarial_dir:
         what = f"has {record['n']} images" if record else "is no finished folder of generate_pgd_adversarial.py"
         fail(f"--adversarial_dir {folder} {what}, and {args.num_images} are needed. Leave it out to have them made")
-    print(f"{folder} {'has too few images and is extended' if record else 'is not there yet and is made'} first:")
+    print(f"{folder} {'has too few images and is extended' if record else 'does not exist and is made'} first:")
     run_script(command)
     return folder
 
 
 def require_same(folder, args, *flags, command):
-    """Return the record of the run in folder; end unless it has args' values of these flags, and the same weights.
+    """Return the record of the run in folder; exit unless it has the values of these flags in args and its weights.
 
-    command   what makes the folder as it should be
+    command   the command that makes the folder as it should be
     """
     record = load_record(folder / "metrics.json")
     weights = model_checksums(args.model, args.pretrained)
     changes = [other_input(key) for key, value in weights.items() if record["inputs"].get(key) != value]
     for flag in flags:
-        was, now = record["args"].get(flag), portable(getattr(args, flag))
+        was, now = record["args"].get(flag), relative_paths(getattr(args, flag))
         if was != now:
             changes.append(f"--{flag} {flag_text(flag, was)}, not {flag_text(flag, now)}")
     if changes:
@@ -2026,7 +2052,7 @@ def require_same(folder, args, *flags, command):
 def read_entries(folder):
     """Read the metadata.jsonl of a folder of adversarial images: a list of dictionaries, in the images' order."""
     file = folder / "metadata.jsonl"
-    with about(f"{file} is damaged. {make_again(folder)}"):
+    with exit_on_error(f"{file} is damaged. {remake_command(folder)}"):
         entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return [{**entry, "sha256": str(entry["sha256"])} for entry in entries]
 
@@ -2039,32 +2065,32 @@ def adversarial_checksum(folder, rows):
 
 
 def load_adversarial(folder, examples, args):
-    """The adversarial twins of examples from a folder of generate_pgd_adversarial.py: uint8 (N, 3, H, W).
+    """Load the adversarial images of examples from a folder of generate_pgd_adversarial.py: uint8 (N, 3, H, W).
 
-    Refused are twins of another attack or caption, missing, altered, of another size, or outside the ball.
+    Exit if one of them is missing, altered, of another caption or size, or outside the ball.
     """
-    remedy, twins = make_again(folder), []
-    with about(f"{folder / 'metadata.jsonl'} is damaged. {remedy}"):
+    remedy, images_adv = remake_command(folder), []
+    with exit_on_error(f"{folder / 'metadata.jsonl'} is damaged. {remedy}"):
         checksums = {(entry.get("source"), entry["caption"]): entry["sha256"] for entry in read_entries(folder)}
     for row in progress(examples, "read", unit="image"):
-        file = folder / image_file(row["name"])  # what the metadata names is not opened
-        with about(f"{file} is not used. {remedy}"):
+        file = folder / image_file(row["name"])  # a path from the metadata file would not be safe to open
+        with exit_on_error(f"{file} is not used. {remedy}"):
             data, clean = file.read_bytes(), row["pixels"]
             if hashlib.sha256(data).hexdigest() != checksums.get((row["checksum"], row["caption"])):
                 raise ValueError("it was altered after it was made, or made for another caption")
-            twin = np.asarray(read_image(data, ["PNG"])).transpose(2, 0, 1)
-            if twin.shape != clean.shape or linf_grey_levels(twin, clean) > grey_levels(args.eps):
+            image_adv = np.asarray(read_image(data, ["PNG"])).transpose(2, 0, 1)
+            if image_adv.shape != clean.shape or linf_grey_levels(image_adv, clean) > grey_levels(args.eps):
                 raise ValueError(f"it is of another size than {row['path']}, or not in the ball around it")
-            twins.append(twin)
-    return np.stack(twins)
+            images_adv.append(image_adv)
+    return np.stack(images_adv)
 
 
 def image_file(name):
-    """File of an adversarial image; no COCO_val2014_ in it: load_dataset would take val for a split."""
+    """Return the file of an adversarial image; without COCO's val2014, which load_dataset would take for a split."""
     return f"images/{name}.png"
 
 
-def announce(clip, pixels, captions, image_steps):
+def print_cost(clip, pixels, captions, image_steps):
     """Print the work before the first batch, in image-steps (a forward and backward pass of an image), and its time."""
     pixel_gradient(clip, pixels, captions)  # a warm-up
     times, began = [], time.perf_counter()
@@ -2080,7 +2106,7 @@ def announce(clip, pixels, captions, image_steps):
 
 
 def pixel_gradient(clip, pixels, captions):
-    """Of the cosine with the own caption, of a first batch, on a CPU a small one: (B, 3 H W); waits for the GPU."""
+    """Return the gradient of the cosine with the own caption for a first batch, on a CPU a small one: (B, 3 H W)."""
     count = min(clip.batch_size, 8 if clip.device.type == "cpu" else clip.batch_size)
     images, text_features = as_images(pixels[:count], clip.device).requires_grad_(), clip.encode_text(captions[:count])
     (grad,) = torch.autograd.grad(own_caption(text_features, clip.attack_encoder())(images).sum(), images)
@@ -2088,7 +2114,7 @@ def pixel_gradient(clip, pixels, captions):
 
 
 def duration(seconds):
-    """A time as the table shows it; None as '-'."""
+    """Return a time as the table shows it, '-' for None."""
     if seconds is None:
         return "-"
     if seconds < 100:
@@ -2097,7 +2123,7 @@ def duration(seconds):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training: what both defences share; their scripts hold the loop
+# Training: what both defences share; the loop stands in their scripts
 
 
 def step_seed(seed, step):
@@ -2121,7 +2147,7 @@ def uniform_noise(count, images, eps, generator):
 
 
 def contrastive_loss(image_features, text_features, logit_scale):
-    """Symmetric contrastive loss (Radford et al. 2021, arXiv:2103.00020, figure 3) of a batch.
+    """Return the symmetric contrastive loss of a batch (Radford et al. 2021, arXiv:2103.00020, figure 3).
 
     image_features, text_features   (B, D), row i of both from one pair; equal captions are never each other's negatives
     """
@@ -2163,13 +2189,13 @@ class Trainer:
             optimizer.load_state_dict(state["optimizer"])
             self.log, self.epochs = state["log"], state["epochs"]
         online_steps, steps = getattr(args, "online_steps", 0), self.last_step - len(self.log)
-        work = steps * self.size * (3 + online_steps)  # training on a pair takes about three image-steps
+        work = steps * self.size * (3 + online_steps)  # a training step on two images takes about three image-steps
         work += math.ceil(steps / self.steps_per_epoch) * len(validation) * args.steps
-        announce(clip, training[: self.size]["pixels"], captions, work)
+        print_cost(clip, training[: self.size]["pixels"], captions, work)
         self.text_features = clip.encode_text(captions)  # (N, D)
 
         model, tower = (sum(p.numel() * 4 for p in module.parameters()) for module in (clip.model, self.visual))
-        run.require_space(model + 2 * 3 * tower)  # of a state weights and two moments, and the next ones
+        run.require_space(model + 2 * 3 * tower)  # a state has weights and two moments; the next one is written beside
         if not RANK:
             save(run.dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 
@@ -2200,7 +2226,7 @@ class Trainer:
         features = self.model(torch.cat([images, images_changed])).chunk(2)
         if PROCESSES > 1:  # those of the others without gradient
             features = open_clip.loss.gather_features(*features, rank=RANK, world_size=PROCESSES)
-        return [x[:count] for x in features]  # without what was padded to share the batch out
+        return [x[:count] for x in features]  # without the padding that made all processes' parts equal
 
     def end_step(self, **figures):
         """Queue the figures of a step, tensors, loss and grad_norm among them; validate after an epoch; save states."""
@@ -2251,18 +2277,22 @@ class Trainer:
         clean, attacked = ((clip.encode_pixels(x) * text_features).sum(-1).mean().item() for x in (pixels, pixels_adv))
         figures = {"epoch": epoch, "step": len(self.log), "loss": loss, "val_clean": clean, "val_white_box": attacked}
         self.epochs.append(figures)
-        say = tqdm.write if sys.stderr.isatty() else print  # above the bar of a terminal
+        write = tqdm.write if sys.stderr.isatty() else print  # above the bar of a terminal
         line = f"epoch {epoch}/{args.epochs}  step {len(self.log)}  loss {loss:.3f}  validation clean {clean:.3f}, "
-        say(f"{line}white-box {attacked:.3f}")
+        write(f"{line}white-box {attacked:.3f}")
 
-    def finish(self, seconds_before=0, **metrics):
-        """Write the model and metrics.json; seconds_before: what it took to make the adversarial images."""
-        if not RANK:  # trained on are the images of the weights that it started from, too
+    def finish(self, generation_seconds=0, **metrics):
+        """Write the model and metrics.json.
+
+        generation_seconds   time that the adversarial images took, which counts as training time
+        """
+        if not RANK:  # the start weights' training images are its own, too
             save_model(self.run.dir, self.clip, {*known_ids(self.training), *self.clip.train_ids})
         figures = {"n": len(self.training), "n_validation": len(self.validation), "steps": len(self.log)}
         figures |= {"stopped_by": self.stopped, "epochs": self.epochs, "global_batch_size": self.size}
         figures |= {"train_ids": known_ids(self.training), "val_ids": known_ids(self.validation)}
         seconds = self.run.seconds()
-        speed = {"training_seconds": seconds + seconds_before, "images_per_s": 2 * self.size * len(self.log) / seconds}
+        speed = {"training_seconds": seconds + generation_seconds}
+        speed["images_per_s"] = 2 * self.size * len(self.log) / seconds
         self.run.finish(self.clip, **figures, **speed, **metrics)
-        print(f"{self.run.dir} opens with open_clip.create_model_and_transforms('local-dir:{self.run.dir}')")
+        print(f"to open the model: open_clip.create_model_and_transforms('local-dir:{self.run.dir}')")

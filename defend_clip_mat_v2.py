@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""MAT: fine-tune CLIP's visual tower on clean and randomly augmented images (mixed augmentation training).
+"""MAT, mixed augmentation training: fine-tune CLIP's visual tower on clean and randomly augmented images.
 
-Each batch holds every image twice, as it is and augmented; the loss is the mean of both halves' contrastive losses.
-The augmentations know nothing of the attack: brightness and contrast, Gaussian blur, Gaussian noise.
+Each batch holds every image clean and augmented; the loss is the mean of the two contrastive losses. The augmentations
+are independent of any attack: brightness and contrast, Gaussian blur, Gaussian noise.
 
     python defend_clip_mat_v2.py --batch_size 16 --lr 1e-5 --epochs 3
     python defend_clip_mat_v2.py --preset tiny
@@ -51,7 +51,7 @@ def augment(images, brightness, contrast, blur_radii, noise):
 
 
 def gaussian_blur(images, sigma):
-    """Each image with its own standard deviation in pixels, (B, 1, 1, 1): two grouped convolutions for all."""
+    """Blur each image with its own standard deviation in pixels, (B, 1, 1, 1), by two grouped convolutions."""
     reach = 3 * int(BLUR_RADII[1])
     offsets = torch.arange(-reach, reach + 1, device=images.device)
     kernel = torch.exp(-(offsets**2) / (2 * sigma.view(-1, 1) ** 2))

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""JPEG compression as a defence: encode every image at a given quality before CLIP sees it.
+"""Measure JPEG compression as a defence: every image is encoded at a given quality before CLIP sees it.
 
-Three conditions for each quality: clean images, transferred adversarial images (made against the plain model, as in the
-report), and an adaptive attack of as many steps that knows of the JPEG step, through a differentiable codec. Scores are
-on the real JPEG bytes. evaluate.py attacks for longer: read its figure before you trust this one.
+Three conditions for each quality: clean images; transferred images, attacked on the model without JPEG, as in the
+report; and adaptive ones, attacked through a differentiable JPEG codec with as many steps. All are scored on the real
+JPEG bytes. evaluate.py attacks with more steps: use its figures.
 
     python eval_jpeg.py
     python eval_jpeg.py --preset tiny --qualities 75 50 30
@@ -41,7 +41,7 @@ def parse_args(argv=None):
 
 
 def jpeg(images, quality):
-    """Images through Pillow's JPEG encoder and decoder: the real bytes of the rounded image; no gradient.
+    """Encode and decode images by Pillow's JPEG, rounded to 8 bits before; without a gradient.
 
     images    (B, 3, H, W) float32 in [0, 1]
     quality   Pillow's, 1 to 95; one number, or one per image
@@ -59,12 +59,12 @@ def jpeg(images, quality):
 
 
 def differentiable_jpeg(images, quality):
-    """jpeg() with a gradient that knows of the quantisation: (B, 3, H, W) float32 in [0, 1], both ways.
+    """Compute jpeg() with a gradient: (B, 3, H, W) float32 in [0, 1], before and after.
 
-    Baseline JPEG as Pillow writes it (4:2:0) and libjpeg reads it, in floats. Coefficients are rounded in the forward
-    pass; the backward pass takes the derivative of the cubic of Shin & Song 2017 ("JPEG-resistant adversarial images"),
-    which tells which coefficients a small change can move. The identity in its place (BPDA, Athalye et al. 2018,
-    arXiv:1802.00420) is far weaker: it was the stronger attack on none of 48 images.
+    Baseline JPEG as Pillow writes it (4:2:0) and libjpeg reads it, in floats. The forward pass rounds the coefficients;
+    the backward pass uses the derivative of the cubic of Shin & Song 2017 ("JPEG-resistant adversarial images"), which
+    tells which coefficients a small change can move. The identity in its place (BPDA, Athalye et al. 2018,
+    arXiv:1802.00420) is far weaker: of 48 images it was the stronger attack on none.
     """
     height, width = images.shape[2:]
     x = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate") * 255
@@ -93,7 +93,7 @@ def differentiable_jpeg(images, quality):
 
 
 def quantisation_tables(quality):
-    """Pillow's luma and chroma tables of a quality, 64 numbers each, row by row."""
+    """Return Pillow's luma and chroma tables of a quality, 64 numbers each, row by row."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, "JPEG", quality=quality)
     return [list(table) for table in Image.open(buffer).quantization.values()]
@@ -130,7 +130,7 @@ def main(args):
     clip = common.load_clip(args)
     examples = common.load_examples(args, "eval", rows, clip.geometry)
     pixels, transfer = examples["pixels"], common.load_adversarial(folder, examples, args)
-    common.announce(clip, pixels, examples["caption"][:], len(args.qualities) * len(pixels) * args.steps)
+    common.print_cost(clip, pixels, examples["caption"][:], len(args.qualities) * len(pixels) * args.steps)
     run.require_space(1.1 * len(args.qualities) * transfer.nbytes)
     text_features = clip.encode_text(examples["caption"][:])
     attack, qualities, health, precisions = common.white_box(args.eps, args.steps, through_jpeg=True), {}, {}, {}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Every model and defence under every attack: the result table, its figures, and the checks that it must pass.
+"""Attack every model and defence and print the result table; draw its figures; check the attacks.
 
-    python evaluate.py --reproduce --preset tiny    # the whole report on the embedded CLIP, minutes on a laptop
+    python evaluate.py --reproduce --preset tiny    # the whole report on the bundled tiny CLIP, minutes on a laptop
     python evaluate.py --reproduce                  # the whole report on CLIP ViT-L/14, on a GPU
     python evaluate.py --checkpoint fare4=hf-hub:chs20/fare4-clip --output_dir runs/report/with_fare
     python evaluate.py --preset tiny --qualities 75 50 30 random --sanity --output_dir runs/tiny/truth
@@ -10,13 +10,15 @@
     python evaluate.py --eval_data my_pictures --model ViT-B-16-quickgelu --output_dir runs/mine/evaluation
 
 transfer    images attacked once on the original model, then shown to the defended one: the report's protocol
-white-box   the worst, image by image, of the transferred image and of momentum PGD on the defence itself, end to end,
-            under the cosine loss, then, where the own caption still comes first, under the margin loss. For JPEG that
-            is the adaptive attack, through a differentiable codec; every score is on the real JPEG bytes
+white-box   for each image the worst of the transferred image and of momentum PGD on the whole defence: under the
+            cosine loss, then, if the own caption is still first, under the margin loss. JPEG is attacked through a
+            differentiable codec and scored on the real JPEG bytes
 
-Files written to --output_dir (default runs/<preset>/evaluation); the stages' folders stand beside it:
-    table.md, metrics.json (per image, too), examples.png, cosines.png, table.png, with --sanity eps_curves.png, with
-    --radii radii.png; white_box/ROW/ holds the attacked images behind a row's white-box figures
+Files written to --output_dir (default runs/<preset>/evaluation); the folders of the other scripts stand beside it:
+    table.md            the table with intervals, and notes
+    metrics.json        all figures, those of each image included
+    white_box/<row>/    the attacked images behind a row's white-box figures, as PNGs
+    examples.png, cosines.png, table.png, with --sanity eps_curves.png, with --radii radii.png
 """
 
 import argparse
@@ -38,14 +40,14 @@ import common
 from common import MARGIN, as_images, attack_all, duration, fail, load_clip, load_examples, number
 from eval_jpeg import differentiable_jpeg, jpeg, jpeg_quality, with_jpeg
 
-BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's ends the import elsewhere; a figure in a file needs none
+BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's backend would fail outside of it, and files need none
 import matplotlib.figure  # noqa: E402
 import matplotlib.style  # noqa: E402
 
 if BACKEND:
     os.environ["MPLBACKEND"] = BACKEND
 
-REPORT = {  # Adversarial Robustness Evaluation for CLIP Models, on CLIP ViT-L/14 and MMEB COCO: clean, transfer, gain
+REPORT = {  # Adversarial Robustness Evaluation for CLIP Models, ViT-L/14, MMEB COCO: clean, transfer, improvement
     "original": (0.2513, -0.1783, None),
     "MAT": (0.2417, 0.1067, 0.686),
     "contrastive, offline": (0.2507, 0.2349, 0.963),
@@ -64,7 +66,7 @@ TRAININGS = {  # folder: the row, the script that trains it, and its flags
     ),
     "online": ("FARE, online", "defend_clip_pgd_v2.py", "--online_steps", 2),
 }
-# flags that choose rows: a complete table is extended by them
+# flags that choose rows: with others a complete table is extended
 ROW_FLAGS = ["trainings", "seeds", "qualities", "defence", "checkpoint", "adversarial_dir", "sanity", "radii"]
 SANITY_IMAGES = 24
 CONVERGENCE_IMAGES = 16
@@ -73,7 +75,7 @@ EPS_CURVE = [0, 1, 2, 4, 8, 16, 32, 64]  # grey levels
 
 
 def checkpoint(text):
-    """argparse type: NAME=PATH_OR_MODEL."""
+    """argparse type for NAME=PATH_OR_MODEL: return both."""
     name, _, source = text.partition("=")
     source = common.expand_home(source)
     if "+" in name:
@@ -86,27 +88,31 @@ def checkpoint(text):
 def parse_args(argv=None):
     parser = common.make_parser(__doc__)
     flag = parser.add_argument_group("rows of the table").add_argument
-    trained = "trained models, by the names of their folders"
+    trained = "a row for each of these trained models, by the names of their folders"
     flag("--trainings", choices=TRAININGS, nargs="*", default=["mat", "pgd", "online"], help=trained)
-    flag("--seeds", type=number(1, 100), default=1, help="trainings of each, with --seed and the seeds after it")
-    flag("--qualities", type=jpeg_quality, nargs="*", default=[75, 50, 30], help="a JPEG row each; random: from 30-75")
-    flag("--defence", action="append", default=[], metavar="ROW+jpegQ", help="a row: JPEG before a model; repeatable")
-    model = "a further row: checkpoint or bare visual tower for --model, local-dir:DIR, hf-hub:ORG/NAME; repeatable"
+    flag("--seeds", type=number(1, 100), default=1, help="average this many trainings of each, from --seed on")
+    qualities = "a row for each JPEG quality; random: drawn from 30 to 75"
+    flag("--qualities", type=jpeg_quality, nargs="*", default=[75, 50, 30], help=qualities)
+    jpeg_row = "a row: JPEG of quality Q in front of another row's model; repeatable"
+    flag("--defence", action="append", default=[], metavar="ROW+jpegQ", help=jpeg_row)
+    model = "a row: a file of weights for --model, local-dir:DIR or hf-hub:ORG/NAME; repeatable"
     flag("--checkpoint", action="append", default=[], type=checkpoint, metavar="NAME=PATH_OR_MODEL", help=model)
-    flag("--adversarial_dir", help="of --split eval; if not given, adversarial_eval beside --output_dir")
+    flag("--adversarial_dir", help="transferred images, of generate_pgd_adversarial.py --split eval")
     flag = parser.add_argument_group("measuring").add_argument
-    flag("--attack_steps", type=number(1, 10**6), help="of the white-box attack; --steps are the transferred images'")
+    steps = "steps of the white-box attack; --steps are those of the transferred images"
+    flag("--attack_steps", type=number(1, 10**6), help=steps)
     flag("--restarts", type=number(1, 1000), default=1, help="white-box starts: the transferred images, then noise")
-    flag("--candidates", choices=["evaluation", "mmeb"], default="evaluation", help="whose captions to retrieve from")
-    radii = "radii of a curve of every row's R@1 and cosine"
+    candidates = "retrieve from the captions of the evaluation images, or from MMEB's own candidates"
+    flag("--candidates", choices=["evaluation", "mmeb"], default="evaluation", help=candidates)
+    radii = "also attack every row at these radii, and draw R@1 and cosine against them"
     flag("--radii", type=common.radius, nargs="+", default=[], metavar="EPS", help=radii)
     flag("--sanity", action="store_true", help="check the attack on every row, and mark rows that fail")
-    flag("--reproduce", action="store_true", help="first run every missing stage, each as its own command")
+    flag("--reproduce", action="store_true", help="first run every script whose output is missing")
     return common.parse_flags(parser, argv, lambda _: "evaluation", lambda _: "eval")
 
 
 def reproduce(args):
-    """Run the stages, each as its own command; one that is complete and was made with these flags ends at once."""
+    """Run the other scripts; one whose output is complete and was made with these flags ends at once."""
     flags = f"{common.SHARED} overwrite"
     count = ["--num_images", args.num_images] if args.num_images else []
     generate, counts = "generate_pgd_adversarial.py", {"train": [], "eval": count}
@@ -211,7 +217,7 @@ def list_rows(args):
         defences[text] = text
     for name, text in defences.items():
         model, *steps = text.split("+")
-        with common.about(f"--defence {text}: write MODEL+jpegQ, MODEL one of {', '.join(specs)}"):
+        with common.exit_on_error(f"--defence {text}: write MODEL+jpegQ, MODEL one of {', '.join(specs)}"):
             steps = tuple(jpeg_quality(re.fullmatch("jpeg(.+)", step)[1]) for step in steps)
             model = short.get(model, model)
             models = {label: spec for label, spec in specs.items() if spec.row == model}
@@ -242,14 +248,14 @@ def row_attack(args, spec):
 
 
 def row_key(args, spec, images, code):
-    """Return what the figures of a row depend on, {part: checksum}: it is measured again where one differs.
+    """Return checksums of all that the figures of a row depend on, {part: checksum}; if one differs, measure again.
 
     images   checksums of the evaluation images and of the transferred ones
-    code     {part: code_checksums()} of what measures it and of the sanity checks
+    code     {part: code_checksums()} of the definitions that measure a row, and of the sanity checks
     """
     weights = []
     if not spec.source or not spec.source.startswith(common.SCHEMAS):  # the original model, or a file of weights for it
-        weights = common.portable([args.model, args.pretrained])
+        weights = common.relative_paths([args.model, args.pretrained])
         weights += common.model_checksums(args.model, args.pretrained).values()
     if spec.source:
         weights += common.source_checksums(spec.source).values()
@@ -261,17 +267,17 @@ def row_key(args, spec, images, code):
 
 
 def check_leakage(name, clip, examples):
-    """End if a model was trained on an evaluation image, as far as its weights say."""
+    """Exit if a model was trained on an evaluation image, as far as its weights say."""
     if leaked := clip.train_ids & {*common.known_ids(examples)}:
         fail(f"leakage: {name} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
 
 
 def load_row(args, name, spec, original, examples):
-    """Load a row of the table: the model, and in its own geometry the images of the original's row."""
+    """Load the model of a row, and the original row's images in that model's geometry."""
     clip = load_clip(args, spec.source)
     check_leakage(name, clip, examples)
     row = replace(original, name=name, clip=clip, qualities=spec.qualities)
-    if clip.geometry != original.clip.geometry:  # the same images in its own, the transferred ones as files reach it
+    if clip.geometry != original.clip.geometry:  # transferred images reach it as files, which it resizes
         rows = examples.with_format(None).remove_columns("pixels")
         row.pixels = load_examples(args, "eval", rows, clip.geometry)[:]["pixels"]
         transform = common.to_geometry(clip.geometry)
@@ -284,11 +290,11 @@ def load_row(args, name, spec, original, examples):
 
 
 def load_candidates(kind, examples):
-    """The captions to retrieve from, as a Row has them: captions, own, allowed."""
+    """Return the captions to retrieve from, as in Row: captions, own, allowed."""
     own, right = examples["caption"][:], examples["captions"][:]
     lists = examples["texts"][:] if kind == "mmeb" else [list(itertools.chain(*right))] * len(own)
     captions = list(dict.fromkeys(itertools.chain(*lists)))
-    # an image's further captions are no wrong answers
+    # the further captions of an image are not wrong answers
     sets = [{*texts} - {*captions_of[1:]} | {captions_of[0]} for texts, captions_of in zip(lists, right)]
     allowed = torch.tensor([[caption in texts for caption in captions] for texts in sets])
     if allowed.sum(1).min() < 2:
@@ -297,10 +303,10 @@ def load_candidates(kind, examples):
 
 
 def forgive_equal_captions(row):
-    """Return a row in which captions that its tokenizer makes equal are not each other's wrong answers."""
+    """Return a row in which captions with equal tokens are not wrong answers for each other's images."""
     length = row.clip.tokenizer(row.captions[:1]).shape[1]
     tokens, whole = (row.clip.tokenizer(row.captions, context_length=size) for size in (length, 8 * length))
-    padding = whole[0, -2]  # the last token may be one of its own
+    padding = whole[0, -2]  # the last token may be a special one
     cut = ((whole != padding).sum(1) > (tokens != padding).sum(1)).sum().item()
     if cut:
         print(f"{row.name}: {cut} of {len(row.captions)} captions are longer than its {length} tokens and are cut")
@@ -428,7 +434,7 @@ def measure(row, attack, starts, seed, run=None):
     chosen, precision = common.accept_precision(attack, loss, few.pixels, row.clip, few.transfer, row.name)
     row = replace(row, precision=chosen)
     attack, convergence, done = choose_steps(row, attack, seed, run)
-    # the transferred images count as white-box, too, in the ball that those of another geometry may have left
+    # the transferred images count as white-box, too; resized ones may have left the ball
     levels = common.grey_levels(attack.eps)
     low, high = np.maximum(row.pixels, levels) - levels, np.minimum(row.pixels, 255 - levels) + levels
     sets, healths = [torch.from_numpy(row.transfer.clip(low, high))], []
@@ -463,7 +469,7 @@ def save_white_box(folder, measured, examples):
     images += [("outranked", i, *found) for i, found in measured.outranked.items()]
     for kind in ("lowest", "outranked"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        for file in (folder / kind).glob("*.png"):  # of a run before
+        for file in (folder / kind).glob("*.png"):  # of an earlier run
             file.unlink()
     lines = []
     for kind, i, pixels, similarity, rank in images:
@@ -477,8 +483,8 @@ def save_white_box(folder, measured, examples):
 def radius_curve(row, args, conditions, run=None):
     """Return a row's similarity and R@1 at each of --radii: [(grey levels, similarity, R@1)], the clean images first.
 
-    At each radius every image counts as the worst found in its ball, by the attack of that radius or of a smaller one,
-    so that no curve rises; from --eps on also by that of the table.
+    At each radius an image counts as the worst one found in its ball, by the attacks of this radius and of all smaller
+    ones, so that no curve rises; from --eps on also by the attack of the table.
     """
     scored = [conditions["clean"]]
     curve = [(0, *mean_worst(scored))]
@@ -492,33 +498,33 @@ def radius_curve(row, args, conditions, run=None):
 
 
 def mean_worst(scored):
-    """Return mean similarity and image-to-text R@1 where each image counts as the worst of several score() results."""
+    """Return mean similarity and image-to-text R@1, each image taken as the worst of several score() results."""
     similarity = np.minimum.reduce([values["similarity"] for values in scored])
     ranks = np.maximum.reduce([values["rank_i2t"] for values in scored])
     return float(similarity.mean()), float((ranks == 0).mean())
 
 
 def improvement(clean, adversarial, clean_0, adversarial_0):
-    """Share of the original model's drop that a defence takes away: 1 - (clean - adv) / (clean_0 - adv_0)."""
+    """Return the share of the original's drop that a defence takes away: 1 - (clean - adv) / (clean_0 - adv_0)."""
     return 1 - (clean - adversarial) / (clean_0 - adversarial_0)
 
 
 def interval(values, seed):
-    """95 % percentile bootstrap interval of the mean over images (Efron & Tibshirani 1993): [low, high]."""
+    """Return the 95 % percentile bootstrap interval of the mean over images (Efron & Tibshirani 1993)."""
     values, rng = np.asarray(values, float), np.random.default_rng(seed)
     means = [values[rng.integers(len(values), size=(100, len(values)))].mean(1) for _ in range(100)]  # 10,000 draws
     return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
 def wilson(count, n):
-    """95 % interval of a share, count of n (Wilson 1927): [low, high]; unlike a bootstrap's it is not [0, 0] at 0."""
+    """Return the 95 % interval of a share, count of n (Wilson 1927); at 0 it is not [0, 0] like a bootstrap's."""
     z = 1.959964
     middle, half = count + z**2 / 2, z * math.sqrt(count * (n - count) / n + z**2 / 4)
     return [max(0.0, (middle - half) / (n + z**2)), min(1.0, (middle + half) / (n + z**2))]
 
 
 def improvement_interval(lost, lost_0, seed):
-    """95 % bootstrap interval of 1 - mean(lost) / mean(lost_0), both over the same draws of images: [low, high]."""
+    """Return the 95 % bootstrap interval of 1 - mean(lost) / mean(lost_0), both over the same draws of images."""
     lost, lost_0, rng = np.asarray(lost, float), np.asarray(lost_0, float), np.random.default_rng(seed)
     draws = [rng.integers(len(lost), size=(100, len(lost))) for _ in range(100)]
     return np.quantile([1 - lost[d].mean(1) / lost_0[d].mean(1) for d in draws], [0.025, 0.975]).tolist()
@@ -845,7 +851,7 @@ def radius_curves(record):
 
 
 def radius_lines(record):
-    """R@1 and similarity of every row at every radius, as lines of a table: [[cell]], the header first."""
+    """Return R@1 and similarity of every row at every radius as lines of a table, [[cell]], the header first."""
     curves = radius_curves(record)
     levels = sorted({point[0] for curve in curves.values() for point in curve})
     lines = [["R@1, cosine at"] + [f"{level:.4g}/255" if level else "clean" for level in levels]]
@@ -856,12 +862,12 @@ def radius_lines(record):
 
 
 def markdown(text):
-    """A text as it stands, in one line, in a cell or outside."""
+    """Escape a text for Markdown, in one line."""
     return re.sub(r"[\\`*<>\[\]|~$&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
 
 
 def markdown_table(record):
-    """table.md: with intervals, and the report's figures beside ours where they are comparable."""
+    """Return the text of table.md; where they are comparable, the report's figures stand beside ours."""
     marks, report = marks_of(record), report_of(record)
     header = ["defence", "clean", "transfer", "white-box", "improvement transfer", "improvement white-box"]
     header += ["R@1 clean", "R@1 white-box", "success", "n", "training"]
@@ -1013,7 +1019,7 @@ def draw_table(path, record):
 
 
 def draw_curves(path, curves, count):
-    """Similarity and R@1 against the attack's radius: {row: [(grey levels, similarity, R@1)]}, over count images."""
+    """Draw similarity and R@1 against the radius: {row: [(grey levels, similarity, R@1)]}, over count images."""
     levels = sorted({point[0] for curve in curves.values() for point in curve})
     with drawn(path, (10, 4), 1, 2) as (axes,):
         for k, (axis, label) in enumerate(zip(axes, ("mean cosine with the own caption", "image-to-text R@1")), 1):
@@ -1042,7 +1048,7 @@ def main(args):
     keys = {name: row_key(args, spec, images, code) for name, spec in specs.items()}
 
     record = {"args": run.record["args"], "transfer_note": common.code_note(folder)}
-    record["shown_by"] = common.digest(common.code_checksums(__file__))  # other code shows the same figures anew
+    record["shown_by"] = common.digest(common.code_checksums(__file__))  # with other code the table is written again
     take_measured(run, record, keys)
     asked = ["per_image", *(kind for kind in OPTIONAL if getattr(args, kind))]
     missing = [name for name in keys if any(name not in record[kind] for kind in asked)]
@@ -1066,9 +1072,9 @@ def main(args):
 
 
 def take_measured(run, record, keys):
-    """Take over into the record what the folder's earlier table has measured under the same keys.
+    """Copy the figures of the folder's earlier table whose keys are still the same into the record.
 
-    Rows that are not asked for now go to "not_shown", so that they need not be measured again some other time.
+    Rows that this table does not show are kept in "not_shown", so that a later one need not measure them again.
     """
     previous = run.previous or {}
     unseen = previous.get("not_shown", {})
@@ -1084,7 +1090,7 @@ def take_measured(run, record, keys):
             continue
         for kind in changed:
             if name in earlier[kind]:
-                print(f"{name}: its figures of --{kind} are of other code or flags and are dropped")
+                print(f"{name}: its figures of --{kind} were made with other code or flags and are dropped")
         for kind in MEASURED:
             if name in earlier[kind] and kind not in changed:
                 target[kind][name] = earlier[kind][name]
@@ -1095,22 +1101,22 @@ def take_measured(run, record, keys):
 
 
 def is_shown(record, previous, specs):
-    """Return whether the folder's earlier table shows these rows, with these notes, by the code of now."""
+    """Return whether the folder's earlier table shows these rows with these notes, and was written by this code."""
     same = all(record[key] == previous[key] for key in ("transfer_note", "shown_by"))
     return same and previous["shown"] == [[name, spec.note, spec.seconds] for name, spec in specs.items()]
 
 
 def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
-    """Measure the missing rows, and run their sanity checks, into the record.
+    """Measure the missing rows, with --sanity check their attacks, and add the figures to the record.
 
     clip           the original model
-    rows, folder   the evaluation images, and where the transferred ones lie
+    rows, folder   the evaluation images, and the folder of the transferred ones
     """
     examples = load_examples(args, "eval", rows, clip.geometry)
     check_leakage("original", clip, examples)
     transfer = common.load_adversarial(folder, examples, args)
     original = Row("original", clip, examples[:]["pixels"], transfer, *load_candidates(args.candidates, examples))
-    loaded = {None: forgive_equal_captions(original)}  # a row for each model; one behind JPEG has the model of another
+    loaded = {None: forgive_equal_captions(original)}  # {source: a row}; rows behind JPEG share a model
     for name in missing:
         if specs[name].source not in loaded:
             loaded[specs[name].source] = load_row(args, name, specs[name], original, examples)
@@ -1123,7 +1129,7 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
         if name in unmeasured:
             of_row += 2 * args.restarts * len(examples) + 3 * CONVERGENCE_IMAGES
         attacked += of_row * (2 if specs[name].qualities else 1)
-    common.announce(clip, original.pixels, examples["caption"][:], attacked * args.attack_steps)
+    common.print_cost(clip, original.pixels, examples["caption"][:], attacked * args.attack_steps)
     run.require_space(1.1 * attacked * original.pixels[0].nbytes)
 
     record["coco_ids"] = common.known_ids(examples)
@@ -1163,7 +1169,7 @@ def show(run, record):
     count = min(SANITY_IMAGES, record["n"])
     curves = {name: record["sanity"][name]["eps_curve"] for name in record["rows"] if name in record["sanity"]}
     for name, kind, n in (("eps_curves.png", curves, count), ("radii.png", radius_curves(record), record["n"])):
-        (run.dir / name).unlink(missing_ok=True)  # of a run before
+        (run.dir / name).unlink(missing_ok=True)  # of an earlier run
         if kind:
             draw_curves(run.dir / name, kind, n)
     if record["sanity"]:

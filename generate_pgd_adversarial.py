@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Make adversarial images with a caption-aware PGD attack, as a data set in the Hugging Face ImageFolder form.
 
-Each image is moved inside an L-inf ball so that its cosine with its own caption falls as low as --steps can bring it:
-Madry et al. 2018 (arXiv:1706.06083) from a uniform random start, keeping the best iterate. Attacked is the original
-model, so these images measure *transfer* when they are shown to a defended one.
+The attack searches an L-inf ball around each image for the lowest cosine with the image's own caption: PGD of Madry et
+al. 2018 (arXiv:1706.06083) from a uniform random start; the best iterate is kept. It attacks the original model, so
+these images measure *transfer* when they are shown to a defended model.
 
     python generate_pgd_adversarial.py --split train      # the images of caption-aware adversarial training
     python generate_pgd_adversarial.py --split eval       # the images of the transfer column
@@ -33,7 +33,7 @@ def parse_args(argv=None):
 
 
 def write_png(path, pixels):
-    """Write uint8 (3, H, W); returns what the file holds, and its sha256."""
+    """Write uint8 (3, H, W) to a PNG; return the pixels read back from the file, and its sha256."""
     common.save(path, Image.fromarray(pixels.transpose(1, 2, 0)))
     data = path.read_bytes()
     return np.asarray(common.read_image(data, ["PNG"])).transpose(2, 0, 1), hashlib.sha256(data).hexdigest()
@@ -49,9 +49,9 @@ def main(args):
     clip = common.load_clip(args)
     examples = common.load_examples(args, args.split, rows, clip.geometry)
     if [entry["source"] for entry in done] != examples["checksum"][: len(done)]:
-        common.fail(f"{run.dir} was made with other images or captions. {common.ways_on()}")
+        common.fail(f"{run.dir} was made with other images or captions. {common.overwrite_advice()}")
     pixels, captions, ids = examples["pixels"], examples["caption"][:], examples["coco_id"][:]
-    common.announce(clip, pixels, captions, (len(pixels) - len(done)) * args.steps)
+    common.print_cost(clip, pixels, captions, (len(pixels) - len(done)) * args.steps)
     run.require_space(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run stores
     files = [common.image_file(name) for name in examples["name"]]
     (run.dir / "images").mkdir(exist_ok=True)
@@ -106,9 +106,9 @@ def main(args):
 
 
 def earlier_entries(run, rows, args):
-    """Return the lines of metadata.jsonl that a complete run of fewer or more images has written; [] if there is none.
+    """Return the lines of metadata.jsonl of a complete run with fewer or more images; [] if there is none.
 
-    Its images must be the first of these rows, or these the first of its: else they are of other data, and it ends.
+    Exit if the images that both runs have are not the same.
     """
     if not run.previous:
         return []
@@ -116,10 +116,10 @@ def earlier_entries(run, rows, args):
     both = min(len(was), len(now))
     changes = "other images or captions" if was[:both] != now[:both] else ""
     if len(was) < len(now) and run.changed:
-        changes = f"other code ({run.changed})"  # its images and the further ones would not be of one kind
+        changes = f"other code ({run.changed})"  # the further images would not be comparable
     if changes:
-        common.fail(f"{run.dir} was made with {changes}. {common.ways_on()}")
-    return common.read_entries(run.dir)[: run.previous["n"]]  # a killed extension may have written more
+        common.fail(f"{run.dir} was made with {changes}. {common.overwrite_advice()}")
+    return common.read_entries(run.dir)[: run.previous["n"]]  # an extension that was killed may have written more
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_an_unfinished_run_is_that_of_its_processes_and_what_it_kept_is_room(tmp
 
 
 def test_the_work_is_said_before_it_starts(tmp_path, capsys):
-    common.announce(common.load_clip(flags(tmp_path)), np.zeros((3, 3, 64, 64), np.uint8), ["a", "b", "c"], 10**9)
+    common.print_cost(common.load_clip(flags(tmp_path)), np.zeros((3, 3, 64, 64), np.uint8), ["a", "b", "c"], 10**9)
     said = capsys.readouterr().out
     assert said.startswith("work: 1,000,000,000 image-steps, about ")
     assert " h on 1 x cpu; without a GPU, the smaller --preset tiny or smoke shows" in said

@@ -68,7 +68,7 @@ def test_packages_that_change_numbers_are_part_of_the_code(monkeypatch):
     before = common.code_checksums(ROOT / "defend_clip_mat_v2.py")
     monkeypatch.setattr(torch, "__version__", "1.0+cpu")
     after = common.code_checksums(ROOT / "defend_clip_mat_v2.py")
-    assert common.changed_code({"code": before}, after) == "torch has changed" and after["torch"] == "1.0"
+    assert common.describe_code_changes({"code": before}, after) == "torch has changed" and after["torch"] == "1.0"
 
 
 def flags(tmp_path, *words):
@@ -232,7 +232,7 @@ def test_what_is_complete_outlives_an_unfinished_extension_of_other_code_and_the
     again.release()
     edited = run(other, {"common.pgd": "2"})
     assert edited.previous and edited.load_part("a") is None
-    assert "what was begun with other code (common.pgd has changed) is dropped" in capsys.readouterr().out
+    assert "an unfinished run with other code (common.pgd has changed) is dropped" in capsys.readouterr().out
 
 
 # Rows of a table

@@ -193,7 +193,7 @@ def test_other_flags_do_not_resume_and_are_named(runs, tmp_path):
     assert contents(out)["metadata.jsonl"] != runs.undisturbed("generation")["metadata.jsonl"]
 
 
-STOPPED = ".*: stopped: the same command goes on from what is saved"
+STOPPED = ".*: stopped: the same command resumes from what is saved"
 FULL = ".*(File too large|No space left).*the same command goes on.*"
 ENDS = {  # one after the other in one folder: fault, exit code, its one line
     "generation": [
