@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import common
 import defend_clip_mat_v2 as mat
+import defend_clip_pgd_v2 as pgd
 import evaluate
 
 GEOMETRY = {"size": (64, 64), "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
@@ -174,16 +175,18 @@ def test_planted_leakage_is_found_and_validation_images_are_disjoint(tmp_path, c
     args = flags(tmp_path, "--num_images", 20, "--val_images", 5)
     training, validation = common.load_training_sets(args, common.load_rows(args, "train", 25), GEOMETRY)
     assert (len(training), len(validation)) == (20, 5) and not {*training["coco_id"]} & {*validation["coco_id"]}
-    folder = copy("train", tmp_path)
+    folder, first = copy("train", tmp_path), common.load_rows(args, "train", 25)["path"][3]
     leaked = pq.read_table(next((TINY / "MMEB-eval" / "MSCOCO_i2t").glob("test-*")))["qry_img_path"][5].as_py()
     with zipfile.ZipFile(TINY / "MMEB-eval" / "images.zip") as archive:
         image = archive.read(leaked)
     same_id = leaked[-30:].replace("val2014", "train2014")
-    for name, said in ((same_id, "1 COCO ids"), ("COCO_train2014_000000999999.jpg", "pixels as evaluation image")):
+    unknown = "COCO_train2014_000000999999.jpg"
+    for row, name, said in ((3, same_id, "1 COCO ids"), (3, unknown, "same pixels"), (22, same_id, "1 COCO ids")):
+        edit_rows(folder, "original", lambda columns: columns["qry_image_path"].__setitem__(3, first))
         with zipfile.ZipFile(folder / "images_zip" / "MSCOCO_i2t.zip", "a") as archive:
             archive.writestr(f"MSCOCO_i2t/Train/{name}", image)
         path = f"images/MSCOCO_i2t/Train/{name}"
-        edit_rows(folder, "original", lambda columns, path=path: columns["qry_image_path"].__setitem__(3, path))
+        edit_rows(folder, "original", lambda columns, r=row, path=path: columns["qry_image_path"].__setitem__(r, path))
         args.train_data = str(folder)
         line = refusal(capsys, common.load_training_sets, args, common.load_rows(args, "train", 25), GEOMETRY)
         assert "leakage" in line and said in line
@@ -251,9 +254,41 @@ def test_augmentations_have_the_strength_they_say_and_follow_the_seed():
     means = out.mean((1, 2, 3))
     assert 0.39 < means.min() < 0.43 and 0.57 < means.max() < 0.61  # brightness 0.8 to 1.2
     assert torch.equal(out, augmented(0, 1)) and not torch.equal(out, augmented(1, 0))
+    flat = torch.tensor([0.1, 0.9]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    no_blur, no_noise = torch.full((2, 1, 1, 1), 0.1), torch.zeros(2, 3, 8, 8)
+    half = torch.full((2, 1, 1, 1), 0.5)  # contrast is around an image's own mean, brightness around black
+    torch.testing.assert_close(mat.augment(flat, torch.ones(2, 1, 1, 1), half, no_blur, no_noise), flat)
+    torch.testing.assert_close(mat.augment(flat, half, half, no_blur, no_noise), flat / 2)
     dot = torch.zeros(2, 3, 33, 33)
     dot[:, :, 16, 16] = 1
     blurred = mat.gaussian_blur(dot, torch.tensor([0.1, 2.0]).view(2, 1, 1, 1))
     torch.testing.assert_close(blurred[0], dot[0])
     assert blurred[1, 0, 16, 16] == pytest.approx(1 / (2 * math.pi * 4), rel=0.03)
     assert blurred.sum((2, 3)).flatten().tolist() == pytest.approx([1] * 6, rel=1e-3)
+
+
+@pytest.mark.parametrize("script", [mat, pgd])
+def test_only_matrices_decay_and_all_of_the_visual_tower_is_trained(script, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(args, run, clip, optimizer, *_):
+        seen.append((clip, optimizer))
+        raise InterruptedError
+
+    monkeypatch.setattr(common, "Trainer", spy)
+    words = ["--preset", "smoke", "--weight_decay", "0.3", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(InterruptedError):
+        script.main(script.parse_args([*words, *(["--online_steps", "1"] if script is pgd else [])]))
+    ((clip, optimizer),) = seen
+    decayed, others = optimizer.param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0)
+    assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim < 2 for p in others["params"])
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in clip.model.visual.parameters()}
+
+
+def test_the_first_row_of_an_image_has_its_caption(tmp_path, monkeypatch):
+    rows = [(f"row {i}", "COCO_val2014_000000000007.jpg", 7, [text], [text]) for i, text in enumerate(["one", "other"])]
+    monkeypatch.setattr(common, "read_mmeb", lambda *_: (rows, None))
+    found, _ = common.read_rows(flags(tmp_path), "eval")
+    assert found["caption"] == ["one"]

@@ -96,6 +96,8 @@ def test_an_unfinished_run_of_other_code_or_data_is_refused_and_a_complete_one_i
     assert complete.previous and complete.changed == "common.contrastive_loss has changed"
     complete.release()
     assert "other images and captions" in refusal(capsys, common.Run, args, code, None, {"images and captions": "b"})
+    other = flags(tmp_path, "--batch_size", "4")  # which matters in a training
+    assert "--batch_size 16, not 4" in refusal(capsys, common.Run, other, code, None, inputs)
 
 
 def test_what_a_refused_run_made_is_removed_again(tmp_path, capsys):
@@ -250,6 +252,18 @@ def table(report, tmp_path, monkeypatch):
         return shell(*command, "--output_dir", folder / "evaluation", *words, code=code)[0]
 
     return folder, run
+
+
+def test_transferred_images_of_another_attack_are_not_used(report, capsys):
+    words = ["--preset", "smoke", "--num_images", "16", "--output_dir", str(report[0] / "evaluation")]
+    for changed, message in (
+        (["--steps", "3"], "--steps 8, not 3"), (["--alpha", "1/255"], "--alpha 2/255, not 1/255"),
+        (["--seed", "1"], "--seed 0, not 1"),
+    ):  # fmt: skip
+        args = evaluate.parse_args([*words, *changed])
+        assert message in refusal(capsys, common.adversarial_folder, args, "eval")
+    args = evaluate.parse_args([*words, "--seed", "1", "--adversarial_dir", str(report[0] / "adversarial_eval")])
+    assert common.adversarial_folder(args, "eval") == report[0] / "adversarial_eval"
 
 
 def measured(printed):

@@ -536,3 +536,14 @@ def test_weights_in_place_of_a_local_models_own_are_checksummed(tmp_path):
     file.write_text("another")
     after = common.model_checksums(f"local-dir:{tmp_path}", str(file))
     assert [path for path in after if after[path] != before[path]] == [str(file)]
+
+
+RESIZED = [({"height": 32, "width": 32}, "squash"), ({"shortest_edge": 32}, "shortest")]
+
+
+@pytest.mark.parametrize(("size", "mode"), RESIZED)
+def test_how_a_transformers_model_resizes_is_read(size, mode, tmp_path):
+    config = {"model_type": "clip", "vision_config": {"image_size": 32, "patch_size": 16}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(published(size, 32))
+    assert common.config_from_transformers(tmp_path)["preprocess_cfg"]["resize_mode"] == mode

@@ -194,7 +194,7 @@ def test_other_flags_do_not_resume_and_are_named(runs, tmp_path):
 
 
 STOPPED = ".*: stopped: the same command resumes from what is saved"
-FULL = ".*(File too large|No space left).*the same command goes on.*"
+FULL = ".*(File too large|No space left).*the same command resumes.*"
 ENDS = {  # one after the other in one folder: fault, exit code, its one line
     "generation": [
         (Fault("common.read_image", 3, "large files fail"), 2, ".*File too large.*"),

@@ -236,6 +236,8 @@ def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, r
     if comparable:  # then the report's figures stand beside ours
         record["args"] |= {key: vars(evaluate.parse_args([]))[key] for key in ("model", "pretrained", "eval_data")}
         record["args"]["steps"] = 20
+        for other in ({"eps": 4 / 255}, {"alpha": 1 / 255}, {"steps": 9}, {"pretrained": "laion"}):
+            assert not evaluate.report_of({"args": record["args"] | other})
     else:
         written = (report[0] / "evaluation" / "table.md").read_text()
         assert evaluate.markdown_table(metrics(report[0] / "evaluation")) == written
@@ -265,13 +267,36 @@ def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, r
 def test_the_reports_training_command_makes_the_images_it_lacks_and_stops_where_it_is_told_to(report, tmp_path):
     command = ["defend_clip_pgd_v2.py", "--batch_size", 16, "--lr", 1e-5, "--epochs", 3]
     small = ["--preset", "smoke", "--num_images", 32, "--steps", 1, "--cache_dir", report[0] / "cache"]
-    stops = {"max_steps": (1, [0.1, "--max_steps", 1]), "loss_threshold": (4, [90, "--loss_window", 3])}  # a step later
+    stops = {"max_steps": (2, [0.1, "--max_steps", 2]), "loss_threshold": (4, [90, "--loss_window", 3])}  # a step later
     for reason, (steps, words) in stops.items():
         printed, _ = shell(*command, *small, "--output_dir", tmp_path / reason, "--loss_threshold", *words)
         made = re.search(r"\$ python generate_pgd_adversarial.py .*--split train --num_images 32", printed)
         assert bool(made) == (reason == "max_steps")  # the second has the images of the first
         record = metrics(tmp_path / reason)
         assert (record["stopped_by"], record["steps"]) == (reason, steps)
+        last_step = 2 if reason == "max_steps" else 6  # where the rate would end at 0
+        rates = [entry["lr"] for entry in jsonl(tmp_path / reason / "log.jsonl")]
+        assert rates == pytest.approx(1e-5 * (1 - np.arange(steps) / last_step))
+
+
+def test_a_model_remembers_what_the_weights_that_it_started_from_were_trained_on(report, tmp_path):
+    words = ["--preset", "smoke", "--model", f"local-dir:{report[0] / 'mat'}", "--num_images", 8, "--val_images", 1]
+    words += ["--max_steps", 2, "--batch_size", 4, "--epochs", 3, "--steps", 1, "--cache_dir", report[0] / "cache"]
+    shell("defend_clip_mat_v2.py", *words, "--output_dir", tmp_path / "mat")
+    record, log = metrics(tmp_path / "mat"), jsonl(tmp_path / "mat" / "log.jsonl")
+    assert [entry["lr"] for entry in log] == pytest.approx(record["args"]["lr"] * np.array([1, 0.5]))
+    args = mat.parse_args(["--preset", "smoke"])
+    ids = common.load_clip(args, f"local-dir:{tmp_path / 'mat'}").train_ids
+    assert len(record["train_ids"]) == 8 < len(ids) == TRAIN and {*record["train_ids"]} <= ids
+
+
+def test_another_seed_attacks_from_other_noise(report, tmp_path):
+    words = ["--preset", "smoke", "--split", "eval", "--num_images", 2, "--steps", 1]
+    words += ["--cache_dir", report[0] / "cache"]
+    for seed in (0, 1):
+        shell("generate_pgd_adversarial.py", *words, "--seed", seed, "--output_dir", tmp_path / str(seed))
+    made = [[entry["sha256"] for entry in jsonl(tmp_path / str(seed) / "metadata.jsonl")] for seed in (0, 1)]
+    assert not {*made[0]} & {*made[1]}
 
 
 def test_eval_jpeg_gives_the_three_conditions(report, tmp_path):

@@ -205,14 +205,17 @@ def test_scores_on_a_hand_made_ranking(setup):
     assert scored["margin"][1] == pytest.approx(0.6 - 0.8)
     row.allowed[1, 0] = False  # what is no candidate does not count
     assert evaluate.score(row, row.pixels[:3], 0)["rank_i2t"].tolist() == [0, 0, 1]
-    row.after = lambda _: torch.ones(3, 3)
-    assert evaluate.score(row, row.pixels[:3], 0)["rank_t2i"].tolist() == [2, 2, 2]  # collapsed
+    row.after = lambda _: torch.ones(3, 3)  # collapsed: ties count against the model
+    scored = evaluate.score(row, row.pixels[:3], 0)
+    assert scored["rank_t2i"].tolist() == [2, 2, 2] and scored["rank_i2t"].tolist() == [2, 1, 2]
 
 
 def test_an_attacked_image_is_looked_for_among_clean_ones(setup):
     """Where all images of the gallery are attacked at once, the model looks better than it is."""
     row = setup.row
     gallery = evaluate.clean_gallery(row, 0)
+    text_features = row.clip.encode_text([row.captions[i] for i in row.own])
+    torch.testing.assert_close(gallery[1, 2], row.clip.encode_pixels(row.pixels[2:3])[0] @ text_features[1])
     clean, alone, together = (evaluate.score(row, *given) for given in (
         (row.pixels, 0, gallery), (row.transfer, 0, gallery), (row.transfer, 0)
     ))  # fmt: skip
@@ -240,6 +243,25 @@ def test_the_interval_of_an_improvement_is_paired():
     assert low == pytest.approx(0.5) == high
     low, high = evaluate.improvement_interval(lost_0[::-1] / 2, lost_0, 0)
     assert low < 0.5 < high and high - low > 0.05
+
+
+def test_a_gradient_that_vanished_marks_its_row_whatever_the_checks_say():
+    record = {"rows": {}, "health": {}, "sanity": {}}
+    health = {"images_with_zero_gradients": 0, "images_with_nonfinite_values": 0}
+    for name, wrong in {"original": {}, "a": {"images_with_zero_gradients": 1}, "b": {}}.items():
+        record["rows"][name] = {"members": [name], "clean_recall_i2t@1": 1, "note": None}
+        record["health"][name] = health | wrong
+        record["sanity"][name] = {"checks": [["it holds", "FAIL" if name == "b" else "PASS", ""]]}
+    assert evaluate.marks_of(record) == {"original": "", "a": " (!)", "b": " (!)"}
+    record["sanity"] = {}
+    assert evaluate.marks_of(record) == {"original": "", "a": " (!)", "b": ""}
+
+
+def test_random_qualities_are_from_30_to_75_both_included():
+    seen = []
+    encode = evaluate.with_jpeg(lambda x, quality: seen.extend(quality) or x, ("random",), lambda x: x)
+    encode(torch.zeros(2000, 1))
+    assert {*seen} == {*range(30, 76)}
 
 
 def test_mmeb_candidates_are_the_rows_own_lists(setup):
