@@ -348,7 +348,8 @@ def run_main(main, args):
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if args.eps != grey_levels(args.eps) / 255:
-        print(f"note: of --eps {radius_text(args.eps)} 8-bit images can hold {grey_levels(args.eps)} whole grey levels")
+        levels = grey_levels(args.eps)
+        print(f"note: --eps {radius_text(args.eps)} allows 8-bit images to change by {levels} grey levels")
     try:
         main(args)
     except KeyboardInterrupt:
@@ -534,7 +535,8 @@ class Run:
             num_bytes -= sum(file.stat().st_size for file in self.dir.rglob("*") if file.is_file())
             free = shutil.disk_usage(self.dir).free
             if free < num_bytes:
-                fail(f"{self.dir} needs {num_bytes / 1e9:.2f} GB and has {free / 1e9:.2f} GB free: make room first")
+                sizes = f"{num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+                fail(f"{self.dir} needs {sizes}: free some space first")
             self.partial.mkdir(exist_ok=True)  # marks the files in this folder as written by these scripts
             save(self.partial / "run.json", self.record | {"seconds": self.seconds()})
             if not self.previous:
@@ -1466,7 +1468,7 @@ def load_rows(args, split, count=None):
     with exit_on_error(f"--{split}_data {source}"):
         if len(rows) < count:
             kind = "train2014 images" if split == "train" and not is_own(source) else "images"
-            raise ValueError(f"it has {len(rows)} distinct {kind} and {count} are needed: ask for fewer")
+            raise ValueError(f"it has {len(rows)} distinct {kind}, and {count} are needed: lower --num_images")
         rows = rows.select(range(count))
         if os.path.isdir(folder):
             files, found = find_images(folder, rows["path"][:])
@@ -1647,7 +1649,7 @@ def decode_rows(folder, rows, geometry, skip_bad_images, cache):
     cache.parent.mkdir(parents=True, exist_ok=True)
     need = 1.1 * len(rows) * 3 * math.prod(geometry["size"])
     if shutil.disk_usage(cache.parent).free < need:
-        fail(f"--cache_dir {cache.parent} needs {need / 1e9:.2f} GB for decoded images: make room first")
+        fail(f"--cache_dir {cache.parent} needs {need / 1e9:.2f} GB for decoded images: free some space first")
     (files, found), transform = find_images(folder, rows["path"][:]), to_geometry(geometry)
     kinds = datasets.Features(rows.features | {"pixels": datasets.Array3D((3, *geometry["size"]), "uint8")})
 
@@ -1721,7 +1723,7 @@ def find_images(source, paths):
             return files, found
         missing = next(path for path in paths if path not in found)
         looked_into.append(f"{archive or 'the folder'} has {len(found)} of them and not {missing}")
-    raise FileNotFoundError(f"{len(paths)} images looked for: {'; '.join(looked_into[:5])}")
+    raise FileNotFoundError(f"not all of {len(paths)} images were found: {'; '.join(looked_into[:5])}")
 
 
 def match_files(paths, files):
@@ -1755,7 +1757,8 @@ def load_training_sets(args, rows, geometry):
     evaluated, _ = read_rows(args, "eval")
     both = datasets.concatenate_datasets([training, validation])
     if shared := {*both["coco_id"]} & {*evaluated["coco_id"]} - {None}:
-        fail(f"leakage: {len(shared)} COCO ids of --eval_data {args.eval_data} are trained on, such as {min(shared)}")
+        leaked = f"{len(shared)} images of --eval_data {args.eval_data}"
+        fail(f"leakage: {leaked} are trained on, such as COCO id {min(shared)}")
     count = len(evaluated)
     if not is_own(args.eval_data):
         count = min(count, PRESETS["eval_images"][args.preset])
@@ -2257,7 +2260,7 @@ class Trainer:
             step, lr = len(self.log) + 1, queued.pop("lr")
             figures = {key: value.item() for key, value in queued.items()}
             if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-                fail(f"step {step} is not finite: {figures}. Start again with a lower --lr and --overwrite")
+                fail(f"the loss of step {step} is not finite: {figures}. Start again with a lower --lr and --overwrite")
             epoch = math.ceil(step / self.steps_per_epoch)
             self.log.append({"step": step, "epoch": epoch, **figures, "lr": lr})
             self.bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)

@@ -1086,7 +1086,7 @@ def take_measured(run, record, keys):
         changed = [part for part, value in keys.get(name, was).items() if was.get(part) != value]
         if {*changed} - {*OPTIONAL}:
             why = ", ".join(f"code ({run.changed})" if part == "code" and run.changed else part for part in changed)
-            print(f"{name} is measured again: other {why}")
+            print(f"{name} is measured again, because of other {why}")
             continue
         for kind in changed:
             if name in earlier[kind]:

@@ -113,7 +113,7 @@ def test_an_unfinished_run_is_that_of_its_processes_and_what_it_kept_is_room(tmp
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room._replace(free=1000))
     again = common.Run(args, {})
     again.require_space(4000)
-    assert "make room first" in refusal(capsys, again.require_space, 10_000)
+    assert "free some space first" in refusal(capsys, again.require_space, 10_000)
     again.release()
     monkeypatch.setattr(common, "PROCESSES", 2)
     monkeypatch.setattr(common, "gather", lambda value=None: [value])
@@ -181,7 +181,8 @@ def test_planted_leakage_is_found_and_validation_images_are_disjoint(tmp_path, c
         image = archive.read(leaked)
     same_id = leaked[-30:].replace("val2014", "train2014")
     unknown = "COCO_train2014_000000999999.jpg"
-    for row, name, said in ((3, same_id, "1 COCO ids"), (3, unknown, "same pixels"), (22, same_id, "1 COCO ids")):
+    by_id = "such as COCO id"
+    for row, name, said in ((3, same_id, by_id), (3, unknown, "same pixels"), (22, same_id, by_id)):
         edit_rows(folder, "original", lambda columns: columns["qry_image_path"].__setitem__(3, first))
         with zipfile.ZipFile(folder / "images_zip" / "MSCOCO_i2t.zip", "a") as archive:
             archive.writestr(f"MSCOCO_i2t/Train/{name}", image)

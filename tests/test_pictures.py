@@ -151,7 +151,7 @@ BROKEN = {
     "entry 1 has no file_name": {"file_name": None, "caption": "x"},
     "'a.png' has an empty caption": {"file_name": "a.png", "caption": " "},
     "'b.png' has an empty caption": {"file_name": "b.png"},
-    "1 images looked for": {"file_name": "none.png", "caption": "x"},
+    "not all of 1 images were found": {"file_name": "none.png", "caption": "x"},
 }
 
 
@@ -176,7 +176,7 @@ def test_own_pictures_are_trained_on_without_an_evaluation_set_and_checked_again
     named = own_pictures(tmp_path / "named", 2)
     (named / "picture 0.png").rename(named / "COCO_val2014_000000001002.png")
     (named / "metadata.csv").write_text("file_name,caption\nCOCO_val2014_000000001002.png,x\n")
-    for train, held_out, said in ((mine, tmp_path / "other", "same pixels"), (named, coco, "1 COCO ids")):
+    for train, held_out, said in ((mine, tmp_path / "other", "same pixels"), (named, coco, "such as COCO id")):
         words = ["--train_data", train, "--eval_data", held_out, "--val_images", 1, "--num_images"]
         args = flags(tmp_path, *words, 11 if train == mine else 1, script=mat)
         if train == named:
@@ -219,7 +219,7 @@ def test_a_step_may_be_smaller_than_a_grey_level_and_commands_say_radii_as_they_
 
 def test_a_radius_that_8_bits_cannot_hold_is_said(tmp_path, capsys):
     common.run_main(lambda args: None, flags(tmp_path, "--eps", "0.031"))
-    assert "of --eps 0.031 8-bit images can hold 7 whole grey levels" in capsys.readouterr().out
+    assert "--eps 0.031 allows 8-bit images to change by 7 grey levels" in capsys.readouterr().out
 
 
 def test_radii_are_curves_that_never_rise_and_attack_no_row_again(tmp_path, monkeypatch):

@@ -203,10 +203,10 @@ ENDS = {  # one after the other in one folder: fault, exit code, its one line
         (Fault("common.pgd", 2, "SIGINT"), 130, STOPPED),
     ],
     "MAT": [
-        (Fault(STEP, 1, "not finite"), 2, ".*step 1 is not finite.*lower --lr and --overwrite"),
+        (Fault(STEP, 1, ".*loss of step 1 is not finite.*lower --lr and --overwrite"),
         (Fault(STEP, 2, "SIGINT"), 130, STOPPED),
         (Fault(STEP, 2, "large files fail"), 2, FULL),  # the state of step 3
-        (Fault(STEP, 1, "not finite"), 2, ".*step 3 is not finite.*lower --lr and --overwrite"),
+        (Fault(STEP, 1, ".*loss of step 3 is not finite.*lower --lr and --overwrite"),
         (Fault(STEP, 2, "large files fail"), 2, FULL),  # the model
     ],
 }
@@ -230,7 +230,7 @@ def test_too_little_disk_is_said_before_the_first_step(kind, runs, tmp_path, mon
     module = importlib.import_module(WORDS[kind][0].removesuffix(".py"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     args = module.parse_args([*words, "--output_dir", str(tmp_path / "out")])
-    assert "make room first" in refusal(capsys, module.main, args)
+    assert "free some space first" in refusal(capsys, module.main, args)
     assert not list((tmp_path / "out").iterdir())
 
 
