@@ -81,13 +81,13 @@ PRESETS = {  # flag: {preset: default}; smoke is tiny but for these
     "pretrained": {"report": "openai", "tiny": ""},
     "train_data": {"report": "TIGER-Lab/MMEB-train", "tiny": f"{TINY}/MMEB-train"},
     "eval_data": {"report": "TIGER-Lab/MMEB-eval", "tiny": f"{TINY}/MMEB-eval"},
-    "train_images": {"report": 5000, "tiny": 1000, "smoke": 48},  # --num_images of what reads the training split
-    "eval_images": {"report": 100, "tiny": 100, "smoke": 16},  # and of what reads the evaluation split
+    "train_images": {"report": 5000, "tiny": 1000, "smoke": 48},  # --num_images where a script reads the training split
+    "eval_images": {"report": 100, "tiny": 100, "smoke": 16},  # and where it reads the evaluation split
     "val_images": {"report": 250, "tiny": 20, "smoke": 8},
     "steps": {"report": 20, "tiny": 20, "smoke": 8},
     "attack_steps": {"report": 75, "tiny": 75, "smoke": 15},
-    # tiny: of 1e-4, 4e-4, 1.6e-3 and 6.4e-3 that of the highest white-box R@1, then cosine, on 200 further training
-    # images, among those that cost at most 5 points of clean R@1 there, or the least
+    # tiny: chosen from 1e-4, 4e-4, 1.6e-3 and 6.4e-3 on 200 further training images. Of the rates that cost at most 5
+    # points of clean R@1 there, or else of the cheapest, the one with the best white-box R@1, then cosine
     "mat_lr": {"report": 1e-5, "tiny": 4e-4},
     "contrastive_lr": {"report": 1e-5, "tiny": 1e-4},
     "fare_lr": {"report": 1e-5, "tiny": 1.6e-3},
@@ -272,10 +272,10 @@ def run_script(words):
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors and processes
 
-LAUNCHER = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"  # numbers that torchrun sets beside MASTER_ADDR
+LAUNCHER = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"  # torchrun sets these numbers, and MASTER_ADDR
 RANK, PROCESSES = 0, 1
 if "MASTER_ADDR" in os.environ and all(os.environ.get(name, "").isdigit() for name in LAUNCHER):
-    # without all of them, what is set was left by another program
+    # if one is missing, another program has left the others behind
     RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -344,7 +344,7 @@ def process_group():
 def run_main(main, args):
     """Run main(args); Ctrl-C, a full disk or a full GPU end it with one line, a bug with its traceback."""
     silenced = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # of datasets and open_clip, which raise what matters as well
+    logging.disable(logging.ERROR)  # silences datasets and open_clip, which also raise what matters
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if args.eps != grey_levels(args.eps) / 255:
@@ -490,7 +490,7 @@ class Run:
             return None
         complete, old, new = file == self.done, load_record(file), self.record
         if beside and old["started"] == beside["started"]:
-            return None  # a leftover of the complete run, which was killed before it could delete it
+            return None  # the complete run left it behind when it was killed
 
         def flags_of(record):
             flags = {key: value for key, value in record["args"].items() if key not in NOT_IN_RESULT | self.extends}
@@ -527,7 +527,7 @@ class Run:
     def require_space(self, num_bytes):
         """Exit unless the disk has room for num_bytes in the folder, including what the folder holds already.
 
-        From here until finish() the folder is incomplete, unless a complete run in it is extended.
+        The folder counts as incomplete from here until finish(), unless this run extends a complete one.
         """
         if self.begun:
             print(f"{self.dir} holds an unfinished run: resuming ({self.begun['seconds']:.0f} s were done before)")
@@ -559,7 +559,7 @@ class Run:
         return None
 
     def seconds(self):
-        """Return the wall time of this run; if it was resumed, without the time between."""
+        """Return the wall time of this run, without the pauses between a kill and a resume."""
         return self.record["seconds"] + time.perf_counter() - self.clock
 
     def finish(self, clip, **metrics):
@@ -722,7 +722,7 @@ def describe_code_changes(record, code):
     """Return a text that names the definitions and packages that have changed since a run was made, or ''."""
     was = record.get("code")
     if was is None:
-        return "it does not say which"
+        return "its metrics.json does not name it"
     changed = [key for key in was if code.get(key) != was[key]]  # a new definition is used by one of these
     return ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") + (
         f" {'has' if len(changed) == 1 else 'have'} changed" if changed else ""
@@ -884,9 +884,9 @@ def fast_tower(visual, mean, std, dtype, held):
     Rearranged: normalisation folded into a patch embedding done as one product, one product for q, k and v,
     scaled_dot_product_attention, the last block for the class token only, QuickGELU as a scaled SiLU.
 
-    dtype     of the blocks' products; pixels, residual stream and norms are float32, without which the bf16 gradient of
-              some photographs has nothing in common with the exact one
-    held      the weights are constants: for gradients in the pixels alone
+    dtype     of the blocks' products; pixels, residual stream and norms stay float32: in bf16 they made the gradient of
+              some photographs useless
+    held      treat the weights as constants, so that only pixels get gradients
     returns   (B, 3, H, W) in [0, 1] -> (B, D), unit norm; None for a tower that is not of the plain kind
     """
     return run_tower(visual, tower_weights(visual, mean, std, dtype), held) if is_plain(visual) else None
@@ -1162,7 +1162,7 @@ def rename_from_transformers(tensors):
 
 
 def save_model(folder, clip, train_ids):
-    """Write a model that open_clip opens as local-dir:FOLDER. The configuration is written last: with it all is there.
+    """Write a model that open_clip opens as local-dir:FOLDER. If its configuration, written last, exists, all is there.
 
     train_ids   COCO ids that it was trained on, stored in the metadata of the weights
     """
@@ -1189,7 +1189,7 @@ def load_clip(args, source=None):
     """Load the CLIP of --model and --pretrained, or another one.
 
     source   local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model: of a whole model, or of a visual tower
-             alone, to which the text tower of --pretrained is kept
+             alone, in which case the text tower of --pretrained stays
     """
     name, pretrained = args.model, args.pretrained
     if source and source.startswith(SCHEMAS):
@@ -1700,7 +1700,7 @@ def read_image(data, formats):
 def find_images(source, paths):
     """Find the image files of paths in a folder, in one of its zips, or on a hub.
 
-    returns   what opens them (a file system or a ZipFile), {path: the name to open}
+    returns   the file system or ZipFile that opens them, {path: name to open}
 
     A path is only looked up among the names that the folder or zip lists, so that none leads out of it. The first zip
     that has all images is used. From a hub the zip of MSCOCO_i2t is downloaded; of a zip of all tasks only the members
@@ -1867,13 +1867,13 @@ def attack_images(attack, loss, pixels, clip, start=None, run=None, what="attack
 
     loss        (encode_image, slice of the images) -> loss_fn of them for pgd(), such as partial(own_caption, ...)
     pixels      uint8 (N, 3, H, W), or a column of examples
-    start       likewise: where to begin, if not at the images; a seed of the attack adds noise
+    start       like pixels: where the attack begins, by default at the images; attack.seed adds noise
     run         stores each batch under (what, attack, its pixels and keys): one that a killed run has stored is not
                 attacked again
     first       index of the first image to attack
     keys        what else a result depends on: a list, one text an image, or one text for all
     precision   bf16, tf32 or fp32, of the gradients; by default that of the model
-    yields      (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, {what must be looked at before it is believed: count})
+    yields      (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, {possible problem of the attack: number of images})
 
     Where the memory of a GPU is full, the batch is halved: no image depends on the others of its batch.
     """
@@ -1960,7 +1960,7 @@ def tf32(enabled=True):
         matmul.allow_tf32 = before
 
 
-MARGIN = 0.005  # two attacks are equally strong if their mean losses on the same images differ by at most this
+TOLERANCE = 0.005  # two attacks are equally strong if their mean losses on the same images differ by at most this
 COMPARED_IMAGES = 16
 
 
@@ -1981,7 +1981,7 @@ def accept_precision(attack, loss, pixels, clip, start=None, what="attack"):
             scores = loss(clip.attack_encoder(bf16=False), slice(0, len(few)))(as_images(found, clip.device))
         means[precision] = scores.mean().item()
     weaker = gather(means["fp32"] - means["bf16"])[0]  # rank 0's decides for all
-    precision = "bf16" if weaker <= MARGIN else "tf32" if clip.device.type == "cuda" else "fp32"
+    precision = "bf16" if weaker <= TOLERANCE else "tf32" if clip.device.type == "cuda" else "fp32"
     if precision != "bf16":
         message = f"{clip.name}: on {len(few)} images the bf16 attack is weaker than the fp32 one by {weaker:.3f}"
         if clip.precision == "bf16":
@@ -2135,7 +2135,7 @@ def step_seed(seed, step):
 
 
 def step_generator(seed, step, device):
-    """Return the generator of a training step's random draws, on the device, so that the draws do not wait.
+    """Return the generator of a training step's random draws, on the device, so that it need not wait for the host.
 
     Draw for the whole batch, of which each process takes its part. A device repeats its draws; two kinds of device draw
     different numbers.
@@ -2163,10 +2163,10 @@ def contrastive_loss(image_features, text_features, logit_scale):
 class Trainer:
     """What both trainings share: order of the batches, states, validation, the model; optimizer and loop are theirs.
 
-    Iterating yields (step, batch, part): the indices of the batch's images, and the positions in the batch of those of
-    this process. The visual tower is trained; text tower and logit_scale are frozen. The result is the model after the
-    last epoch; the validation figures are printed and decide nothing. Random draws depend on the seed and the step
-    alone, so that a state saved every --save_every minutes is enough to resume to the same files. Under torchrun
+    Iterating yields (step, batch, part): batch holds the indices of the images, part the positions in batch of the
+    images of this process. The visual tower is trained; text tower and logit_scale are frozen. The result is the model
+    after the last epoch; the validation figures are printed and decide nothing. Random draws depend on the seed and the
+    step alone, so that a state saved every --save_every minutes is enough to resume to the same files. Under torchrun
     --batch_size is shared out, and each loss is over the features of all: any number of processes trains the same.
 
     The host does not wait for the GPU within a step: it reads the figures of a step after it has queued the next one,
@@ -2227,7 +2227,7 @@ class Trainer:
     def encode(self, images, images_changed, count):
         """Encode the batch's clean and its augmented or adversarial images in one forward pass: (count, D) each."""
         features = self.model(torch.cat([images, images_changed])).chunk(2)
-        if PROCESSES > 1:  # those of the others without gradient
+        if PROCESSES > 1:  # the features of the other processes carry no gradient
             features = open_clip.loss.gather_features(*features, rank=RANK, world_size=PROCESSES)
         return [x[:count] for x in features]  # without the padding that made all processes' parts equal
 

@@ -48,9 +48,9 @@ def parse_args(argv=None):
     parser = common.make_parser(__doc__, batch_size=16)
     common.add_train_args(parser)
     flag = parser.add_argument_group("adversarial training (this script only)").add_argument
-    flag("--loss", choices=["contrastive", "fare"], help="None: contrastive, with --online_steps fare")
+    flag("--loss", choices=["contrastive", "fare"], help="default: contrastive, with --online_steps fare")
     flag("--online_steps", type=common.number(0, 10**6), default=0, help="PGD steps on each batch; 0: offline")
-    flag("--adversarial_dir", help="of --split train; None: adversarial_train beside --output_dir")
+    flag("--adversarial_dir", help="made by --split train; default: adversarial_train beside --output_dir")
 
     def rate_name(flags):
         return f"{flags.loss or usual_loss(flags)}_lr"

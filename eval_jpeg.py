@@ -36,7 +36,7 @@ def parse_args(argv=None):
     parser = common.make_parser(__doc__)
     flag = parser.add_argument_group("JPEG (this script only)").add_argument
     flag("--qualities", type=common.number(1, 95), nargs="+", default=[75, 50, 30], help="1 to 95")
-    flag("--adversarial_dir", help="of --split eval; if not given, adversarial_eval beside --output_dir")
+    flag("--adversarial_dir", help="made by --split eval; default: adversarial_eval beside --output_dir")
     return common.parse_flags(parser, argv, lambda _: "jpeg", lambda _: "eval")
 
 
@@ -103,7 +103,7 @@ def with_jpeg(codec, qualities, encode_image, seed=0, among=None, draws=1):
     """Return encode_image with a JPEG step of each quality, in order, in front of it.
 
     seed    of the qualities 'random', which are drawn for each image in each call
-    among   (N, slice) where those of N images come in each call: their draws are the same in any batch
+    among   (N, slice): which of N images a call gets, so that draws do not depend on the batch
     draws   of the random qualities in a call; the features are then the mean over them of features of unit norm, so
             that their product with a caption's is the mean cosine
     """

@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 
 import common
-from common import MARGIN, as_images, attack_all, duration, fail, load_clip, load_examples, number
+from common import TOLERANCE, as_images, attack_all, duration, fail, load_clip, load_examples, number
 from eval_jpeg import differentiable_jpeg, jpeg, jpeg_quality, with_jpeg
 
 BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's backend would fail outside of it, and files need none
@@ -93,8 +93,8 @@ def parse_args(argv=None):
     flag("--seeds", type=number(1, 100), default=1, help="average this many trainings of each, from --seed on")
     qualities = "a row for each JPEG quality; random: drawn from 30 to 75"
     flag("--qualities", type=jpeg_quality, nargs="*", default=[75, 50, 30], help=qualities)
-    jpeg_row = "a row: JPEG of quality Q in front of another row's model; repeatable"
-    flag("--defence", action="append", default=[], metavar="ROW+jpegQ", help=jpeg_row)
+    jpeg_row = "a row: JPEG of quality Q in front of the model of another row; repeatable"
+    flag("--defence", action="append", default=[], metavar="MODEL+jpegQ", help=jpeg_row)
     model = "a row: a file of weights for --model, local-dir:DIR or hf-hub:ORG/NAME; repeatable"
     flag("--checkpoint", action="append", default=[], type=checkpoint, metavar="NAME=PATH_OR_MODEL", help=model)
     flag("--adversarial_dir", help="transferred images, of generate_pgd_adversarial.py --split eval")
@@ -107,7 +107,7 @@ def parse_args(argv=None):
     radii = "also attack every row at these radii, and draw R@1 and cosine against them"
     flag("--radii", type=common.radius, nargs="+", default=[], metavar="EPS", help=radii)
     flag("--sanity", action="store_true", help="check the attack on every row, and mark rows that fail")
-    flag("--reproduce", action="store_true", help="first run every script whose output is missing")
+    flag("--reproduce", action="store_true", help="first make the adversarial images and trainings that are missing")
     return common.parse_flags(parser, argv, lambda _: "evaluation", lambda _: "eval")
 
 
@@ -394,7 +394,7 @@ def attack_both(attack, row, seed, run=None, done=None):
 
 
 def choose_steps(row, attack, seed, run=None):
-    """Look on some of a row's images whether twice the steps lower the mean cosine by more than MARGIN.
+    """Look on some of a row's images whether twice the steps lower the mean cosine by more than TOLERANCE.
 
     Where they do, and the attack is one through JPEG, its steps are doubled, once. Choosing an attack on evaluation
     images only makes it stronger.
@@ -408,7 +408,7 @@ def choose_steps(row, attack, seed, run=None):
     found, found_longer = (attack_row(each, few, run) for each in (attack, longer))
     cosines, cosines_longer = (score(few, pixels, seed)["similarity"] for pixels, _ in (found, found_longer))
     fall = common.gather(float((cosines - cosines_longer).mean()))[0]
-    if fall > MARGIN and row.qualities:
+    if fall > TOLERANCE and row.qualities:
         attack, found = longer, found_longer
     return attack, {"steps": attack.steps, "fall": fall}, found
 
@@ -546,7 +546,7 @@ def summarise(per_seed, seed, original=None):
         similarity = mean(name, lambda values: values["similarity"])
         summary[f"{name}_similarity"] = float(similarity.mean())
         summary[f"{name}_interval"] = interval(similarity, seed)
-        aside = "" if name == "clean" else "_not_attacked"  # margins and @5 of images attacked for similarity and @1
+        aside = "" if name == "clean" else "_not_attacked"  # the attacks aim at similarity and @1 alone
         summary[f"{name}_margin{aside}"] = float(mean(name, lambda values: values["margin"]).mean())
         for direction in ("i2t", "t2i"):
             first = mean(name, lambda values, rank=f"rank_{direction}": values[rank] < 1)
@@ -579,8 +579,8 @@ def summarise_rows(record, specs, seed):
     """Return {row: its summary} in the table's order.
 
     per_seed        {name: summary} of a row with several seeds
-    not_converged   whether twice the steps lower its white-box cosine by more than MARGIN, on some of its images, with
-                    any seed; the largest such fall is "fall", the steps are "steps"
+    not_converged   whether more steps lower its white-box cosine by more than TOLERANCE, with any seed; see fall_of()
+    fall, steps     the largest such fall; the steps of the attack
     """
     names = {}
     for name, spec in specs.items():
@@ -592,7 +592,7 @@ def summarise_rows(record, specs, seed):
         single = {name: summarise([record["per_image"][name]], seed, compared) for name in members}
         rows[row]["per_seed"] = single if len(members) > 1 else {}
         fall = max(fall_of(record, name) for name in members)
-        rows[row] |= {"fall": fall, "not_converged": fall > MARGIN}
+        rows[row] |= {"fall": fall, "not_converged": fall > TOLERANCE}
         rows[row]["steps"] = record["convergence"][members[0]]["steps"]
         seconds = [specs[name].seconds for name in members]
         rows[row]["training_seconds"] = None if None in seconds else float(np.mean(seconds))
@@ -633,7 +633,7 @@ def compare_rows(record, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sanity checks: what the figure of an attack must pass before it is believed
+# Sanity checks that an attack must pass before its figure is trusted
 
 PASS, FAIL, NOT_CONVERGED = "PASS", "FAIL", "NOT CONVERGED"
 
@@ -641,7 +641,7 @@ PASS, FAIL, NOT_CONVERGED = "PASS", "FAIL", "NOT CONVERGED"
 def sanity(row, attack, seed, run=None):
     """Check the attack on one row (Carlini et al. 2019, arXiv:1902.06705, section 5): a dict with
 
-    checks      [(check, PASS, FAIL or NOT CONVERGED, figures)]; attacks are compared on the same images, with MARGIN
+    checks      [(check, PASS, FAIL or NOT CONVERGED, figures)]; attacks are compared on the same images, with TOLERANCE
     fall        by how much five times the steps lower the mean cosine
     eps_curve   [(grey levels, mean cosine, R@1)]
     """
@@ -665,17 +665,17 @@ def sanity(row, attack, seed, run=None):
 
     further, still = under_both(steps=5 * attack.steps)
     fall = float((base - further).mean())
-    converged = fall <= MARGIN and first.sum() - still.sum() <= 1
+    converged = fall <= TOLERANCE and first.sum() - still.sum() <= 1
     figures = f"{attack.steps} steps {figure:.3f}, five times as many {further.mean():.3f}"
     figures += f"; R@1 {first.mean():.2f}, {still.mean():.2f}"
-    check = f"five times the steps lower the cosine by at most {MARGIN}, R@1 by at most one image"
+    check = f"five times the steps lower the cosine by at most {TOLERANCE}, R@1 by at most one image"
     checks.append((check, PASS if converged else NOT_CONVERGED, figures))
 
     starts = [base, *(similarity(attacked(seed=seed + 7919 * which)[0]) for which in (1, 2))]
     lowest = np.minimum.reduce(starts)
-    converged = (base - lowest).mean() <= MARGIN
+    converged = (base - lowest).mean() <= TOLERANCE
     figures = f"{figure:.3f}, lowest of three for each image {lowest.mean():.3f}"
-    checks.append((f"three starts lower it by at most {MARGIN}", PASS if converged else NOT_CONVERGED, figures))
+    checks.append((f"three starts lower it by at most {TOLERANCE}", PASS if converged else NOT_CONVERGED, figures))
 
     clean = score(row, row.pixels, seed)
     found = [(clean["similarity"], clean["rank_i2t"] < 1)]
@@ -695,7 +695,7 @@ def sanity(row, attack, seed, run=None):
 
     gap = similarity(row.transfer) - base
     figures = f"transfer minus white-box {gap.mean():+.3f}"
-    checks.append(("transferred images are no stronger", PASS if gap.mean() >= -MARGIN else FAIL, figures))
+    checks.append(("transferred images are no stronger", PASS if gap.mean() >= -TOLERANCE else FAIL, figures))
 
     dead, broken = health["images_with_zero_gradients"], health["images_with_nonfinite_values"]
     figures = f"{dead} images with a zero gradient, {broken} with a value that is not finite, of {len(row.pixels)}"
@@ -703,7 +703,7 @@ def sanity(row, attack, seed, run=None):
 
     again = similarity(pixels_adv, seed + 1)
     apart, shift = float(np.abs(base - again).max()), float((again - base).mean())
-    same = abs(shift) <= MARGIN if "random" in row.qualities else apart < 1e-3
+    same = abs(shift) <= TOLERANCE if "random" in row.qualities else apart < 1e-3
     figures = f"other draws change the mean by {shift:+.4f}, an image by at most {apart:.1e}"
     checks.append(("scores are reproducible", PASS if same else FAIL, figures))
     return {"checks": checks, "fall": fall, "eps_curve": curve}
@@ -1122,7 +1122,7 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
             loaded[specs[name].source] = load_row(args, name, specs[name], original, examples)
 
     unmeasured = [name for name in missing if name not in record["per_image"]]
-    checks = 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # attacks on an image, five times the steps as five; see sanity()
+    checks = 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # attacks per image in sanity(); five times the steps count as five
     attacked = 0  # images, at most: both losses, and through JPEG with up to twice the steps
     for name in missing:
         of_row = checks * min(SANITY_IMAGES, len(examples)) * args.sanity + 2 * len(args.radii) * len(examples)

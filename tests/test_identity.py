@@ -1,5 +1,6 @@
 """What makes two runs the same: flags, data and code; what a complete run, a row, a folder of images is kept for."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -131,14 +132,18 @@ def test_more_images_extend_a_folder_and_fewer_leave_it(tmp_path, monkeypatch):
     generated(tmp_path, "whole", 9)
     generated(tmp_path, "out", 4)
     first, attacked, pgd = images_of(tmp_path / "out"), [], common.pgd
+    record = metrics(tmp_path / "out")
+    record["attack"]["images_unmoved"] = 2  # as if some were
+    (tmp_path / "out" / "metrics.json").write_text(json.dumps(record))
     monkeypatch.setattr(common, "pgd", lambda loss, x, *rest: attacked.append(len(x)) or pgd(loss, x, *rest))
     generated(tmp_path, "out", 9)
     assert attacked == [5] and images_of(tmp_path / "out").items() > first.items()
     assert images_of(tmp_path / "out") == images_of(tmp_path / "whole")
     assert jsonl(tmp_path / "out" / "metadata.jsonl") == jsonl(tmp_path / "whole" / "metadata.jsonl")
     records = [metrics(tmp_path / name) for name in ("out", "whole")]
-    for key in ("n", "clean_similarity", "adversarial_similarity", "share_lowered", "attack"):
+    for key in ("n", "clean_similarity", "adversarial_similarity", "share_lowered"):
         assert records[0][key] == records[1][key]
+    assert records[0]["attack"] == records[1]["attack"] | {"images_unmoved": 2}
     assert "nothing to do" in generated(tmp_path, "out", 3)[0] and metrics(tmp_path / "out")["n"] == 9
     (tmp_path / "adversarial_eval").symlink_to(tmp_path / "out")
     out, _ = shell("eval_jpeg.py", *SMALL, "--num_images", 12, "--output_dir", tmp_path / "jpeg", "--qualities", 50)

@@ -71,15 +71,15 @@ def test_the_checks_pass_where_an_attack_has_converged_and_say_where_it_has_not(
 def test_twice_the_steps_tell_whether_an_attack_has_converged_and_jpegs_are_doubled(setup):
     attack = replace(ATTACK, steps=30)
     chosen, convergence, done = evaluate.choose_steps(average_colours(setup), attack, 0)
-    assert chosen == attack and convergence["steps"] == 30 and convergence["fall"] <= evaluate.MARGIN
+    assert chosen == attack and convergence["steps"] == 30 and convergence["fall"] <= evaluate.TOLERANCE
     attack = replace(ATTACK, steps=3)
     chosen, convergence, done = evaluate.choose_steps(setup.row, attack, 0)
     short, long = (evaluate.attack_row(replace(attack, steps=steps), setup.row)[0] for steps in (3, 6))
     fall = evaluate.score(setup.row, short, 0)["similarity"] - evaluate.score(setup.row, long, 0)["similarity"]
     assert chosen == attack and convergence == {"steps": 3, "fall": pytest.approx(fall.mean(), abs=1e-6)}
-    assert convergence["fall"] > evaluate.MARGIN and torch.equal(done[0], short)
+    assert convergence["fall"] > evaluate.TOLERANCE and torch.equal(done[0], short)
     chosen, convergence, _ = evaluate.choose_steps(replace(setup.row, qualities=(30,)), attack, 0)
-    assert chosen.steps == convergence["steps"] == 6 and convergence["fall"] > evaluate.MARGIN
+    assert chosen.steps == convergence["steps"] == 6 and convergence["fall"] > evaluate.TOLERANCE
 
 
 def test_a_row_of_which_some_images_are_attacked_already_is_the_row_attacked_as_a_whole(setup, monkeypatch):
@@ -401,7 +401,7 @@ def test_bf16_is_accepted_by_the_outcome_of_its_attack(setup, in_bf16, capsys, m
     row, attack = average_colours(setup), replace(ATTACK, steps=14)
     given = attack, evaluate.row_loss(attack, row), row.pixels, in_bf16
     precision, record = common.accept_precision(*given)
-    assert precision == "bf16" == record["precision"] and abs(record["weaker_by"]) <= common.MARGIN
+    assert precision == "bf16" == record["precision"] and abs(record["weaker_by"]) <= common.TOLERANCE
     encoder, keep = in_bf16.attack_encoder, (torch.arange(IMAGES) % 3 > 0).view(-1, 1, 1, 1)
 
     def planted_encoder(bf16=None):

@@ -89,13 +89,13 @@ def main(args):
         for key in ours:
             difference = ours[key] - theirs[key]
             low, high = evaluate.interval(difference, args.seed)
-            loses = difference.mean() > evaluate.MARGIN
-            verdict = "WEAKER" if loses else "stronger" if difference.mean() < -evaluate.MARGIN else "equal"
+            loses = difference.mean() > evaluate.TOLERANCE
+            verdict = "WEAKER" if loses else "stronger" if difference.mean() < -evaluate.TOLERANCE else "equal"
             figures = f"{ours[key].mean():8.4f}{theirs[key].mean():9.4f}"
             interval = f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
             print(f"{name + ', ' + key:34}{figures}   {interval}  {verdict}", flush=True)
             weaker, lines = weaker + loses, lines + 1
-    print(f"ours is weaker by more than {evaluate.MARGIN} on {weaker} of {lines} lines")
+    print(f"ours is weaker by more than {evaluate.TOLERANCE} on {weaker} of {lines} lines")
     return int(weaker > 0)  # a NumPy bool would be taken for a message
 
 
