@@ -958,7 +958,7 @@ def draw_examples(path, row, pixels_adv, pixels_adv_jpeg):
             cosines = (clip.encode_image(images) @ text_features.T).cpu()  # (B, M)
             first = cosines.argmax(1).tolist()
             for i, (axis, image) in enumerate(zip(column, images)):
-                axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+                axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
                 if images is columns["what was added, 16 times"]:
                     axis.set_xlabel(title, fontsize=8)
