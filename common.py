@@ -1879,6 +1879,7 @@ def attack_images(attack, loss, pixels, clip, start=None, run=None, what="attack
     """
     precision = precision or ("bf16" if clip.bf16 else "fp32")
     phases = attack_phases(attack, precision)
+    clip.batch_size = min(gather(clip.batch_size))  # one process may have halved its own
     size = max(1, min(clip.batch_size, math.ceil((len(pixels) - first) / PROCESSES)))  # so that all have work
     starts = np.array_split(np.arange(first, len(pixels), size), PROCESSES)[RANK].tolist()
     total = min(len(starts) * size, len(pixels) - first) * sum(phase.steps + 1 for _, phase in phases)
@@ -1924,10 +1925,8 @@ def attack_images(attack, loss, pixels, clip, start=None, run=None, what="attack
                     except torch.OutOfMemoryError:
                         if part.stop - part.start == 1:
                             raise
-                        clip.batch_size = (part.stop - part.start) // 2
                     if here < part.stop:  # outside the except block, which keeps the batch's tensors alive
-                        torch.cuda.empty_cache()
-                        print(f"the GPU's memory is full: going on with batches of {clip.batch_size}", flush=True)
+                        halve_batch(clip, part.stop - part.start)
                 clip.attack_seconds += time.perf_counter() - clock
                 done = {"pixels": torch.cat([found for found, _ in parts])}
                 done["health"] = sum_health([health for _, health in parts])
@@ -1936,16 +1935,23 @@ def attack_images(attack, loss, pixels, clip, start=None, run=None, what="attack
             yield batch, done["pixels"], done["health"]
 
 
+def halve_batch(clip, size):
+    """Halve a model's batches after one of size images has filled the memory."""
+    clip.batch_size = max(1, size // 2)
+    torch.cuda.empty_cache()
+    print(f"the GPU's memory is full: going on with batches of {clip.batch_size}", flush=True)
+
+
 def attack_phases(attack, precision):
     """Return how an attack is spent, [(precision, Attack)].
 
     In bf16 the first 80 % of the steps; the rest starts from the best images so far, in TF32 where there is such a GPU,
-    else in fp32, with steps of a quarter of eps.
+    else in fp32. With momentum its steps begin at a quarter of eps.
     """
     last = attack.steps // 5
     if precision != "bf16" or last == 0:
         return [(precision, attack)]
-    rest = replace(attack, steps=last, alpha=attack.eps / 4)
+    rest = replace(attack, steps=last, alpha=attack.eps / 4 if attack.momentum else attack.alpha)
     return [("bf16", replace(attack, steps=attack.steps - last)), ("tf32", rest)]
 
 
@@ -1965,29 +1971,34 @@ COMPARED_IMAGES = 16
 
 
 def accept_precision(attack, loss, pixels, clip, start=None, what="attack"):
-    """Accept bf16 for an attack by its outcome: on a few images it must end as low as the same attack in fp32.
+    """Accept bf16, or else TF32, for an attack by its outcome: on a few images it must end as low as in fp32.
 
     attack, loss, pixels, start   of attack_images(); the losses of the rounded images are compared, in fp32
-    returns                       bf16, tf32 or fp32, for attack_images(); {precision, and what the comparison gave}
+    returns                       bf16, tf32 or fp32, for attack_images(); {precision, images, weaker_by}, the latter
+                                  {precision: by how much the mean loss of its attack is lower than in fp32}
     """
     if not clip.bf16:
         return "fp32", {"precision": "fp32"}
     few, begin = (None if x is None else x[:COMPARED_IMAGES] for x in (pixels, start))
-    means = {}
-    for precision in ("bf16", "fp32"):
+
+    def mean_loss(precision):
         options = {"what": f"{what}: {precision} compared", "precision": precision}
         found, _ = attack_all(attack, loss, few, clip, begin, **options)
         with torch.no_grad():
-            scores = loss(clip.attack_encoder(bf16=False), slice(0, len(few)))(as_images(found, clip.device))
-        means[precision] = scores.mean().item()
-    weaker = gather(means["fp32"] - means["bf16"])[0]  # rank 0's decides for all
-    precision = "bf16" if weaker <= TOLERANCE else "tf32" if clip.device.type == "cuda" else "fp32"
-    if precision != "bf16":
-        message = f"{clip.name}: on {len(few)} images the bf16 attack is weaker than the fp32 one by {weaker:.3f}"
+            loss_fn = loss(clip.attack_encoder(bf16=False), slice(0, len(few)))
+            return gather(loss_fn(as_images(found, clip.device)).mean().item())[0]  # rank 0's decides for all
+
+    exact, weaker_by = mean_loss("fp32"), {}
+    for precision in ("bf16", "tf32") if clip.device.type == "cuda" else ("bf16",):
+        weaker_by[precision] = exact - mean_loss(precision)
+        if weaker_by[precision] <= TOLERANCE:
+            return precision, {"precision": precision, "images": len(few), "weaker_by": weaker_by}
+        weaker = f"by {weaker_by[precision]:.3f} on {len(few)} images"
+        message = f"{clip.name}: the {precision} attack is weaker than the fp32 one {weaker}"
         if clip.precision == "bf16":
             fail(f"{message}: use --precision fp32 or auto")
-        print(f"{message}: going on in {precision}", flush=True)
-    return precision, {"precision": precision, "images": len(few), "weaker_by": weaker}
+        print(f"{message}: going on without it", flush=True)
+    return "fp32", {"precision": "fp32", "images": len(few), "weaker_by": weaker_by}
 
 
 def attack_all(*args, **options):
@@ -2095,7 +2106,13 @@ def image_file(name):
 
 def print_cost(clip, pixels, captions, image_steps):
     """Print the work before the first batch, in image-steps (a forward and backward pass of an image), and its time."""
-    pixel_gradient(clip, pixels, captions)  # a warm-up
+    while True:
+        with suppress(torch.OutOfMemoryError):
+            pixel_gradient(clip, pixels, captions)  # a warm-up
+            break
+        if clip.batch_size == 1:
+            fail("the GPU's memory is too small for one image")
+        halve_batch(clip, clip.batch_size)
     times, began = [], time.perf_counter()
     while len(times) < 3 and time.perf_counter() - began < 0.5 or not times:  # the least, on a busy machine
         clock = time.perf_counter()

@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import shutil
 import textwrap
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -205,6 +206,8 @@ def list_rows(args):
     for name, source in args.checkpoint:
         if name in taken:
             fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
+        if name in specs:
+            fail(f"--checkpoint {name}=...: a trained row has that name; choose another")
         taken.add(name)
         specs[name] = Spec(name, source)
     # --defence takes the name of a training's folder, and the report's, too
@@ -217,7 +220,8 @@ def list_rows(args):
         defences[text] = text
     for name, text in defences.items():
         model, *steps = text.split("+")
-        with common.exit_on_error(f"--defence {text}: write MODEL+jpegQ, MODEL one of {', '.join(specs)}"):
+        models = ", ".join(dict.fromkeys(spec.row for spec in specs.values()))
+        with common.exit_on_error(f"--defence {text}: write MODEL+jpegQ, MODEL one of {models}"):
             steps = tuple(jpeg_quality(re.fullmatch("jpeg(.+)", step)[1]) for step in steps)
             model = short.get(model, model)
             models = {label: spec for label, spec in specs.items() if spec.row == model}
@@ -261,8 +265,9 @@ def row_key(args, spec, images, code):
         weights += common.source_checksums(spec.source).values()
     attack = [asdict(row_attack(args, spec)), spec.qualities, args.restarts, args.seed, args.precision]
     parts = {"weights": weights, "images": images, "captions": args.candidates, "attack": attack} | code
+    parts["radii code"] = common.code_checksums(__file__, "radius_curve")
     if args.radii:
-        parts["radii"] = [sorted(args.radii), common.code_checksums(__file__, "radius_curve")]
+        parts["radii"] = sorted(args.radii)
     return {name: common.digest(part) for name, part in parts.items()}
 
 
@@ -316,6 +321,16 @@ def forgive_equal_captions(row):
     return replace(row, allowed=row.allowed & ~equal)
 
 
+def encode_row(row, pixels, seed):
+    """Encode a row's images by the whole defence: (N, D); the batch size changes no random draw."""
+    features = []
+    for start in range(0, len(pixels), row.clip.batch_size):
+        here = slice(start, min(start + row.clip.batch_size, len(pixels)))
+        encode_image = row.defended_encoder(row.clip.encode_image, seed, here=here)
+        features.append(row.clip.encode_pixels(pixels[here], encode_image))
+    return torch.cat(features)
+
+
 def score(row, pixels, seed, gallery=None):
     """Score every image against every caption: similarity, margin over the hardest other caption, ranks from 0; (N,).
 
@@ -324,7 +339,7 @@ def score(row, pixels, seed, gallery=None):
 
     For a defence with random draws the cosines are means over SCORE_DRAWS of them.
     """
-    features = row.clip.encode_pixels(pixels, row.defended_encoder(row.clip.encode_image, seed))
+    features = encode_row(row, pixels, seed)
     cosines = (features @ row.clip.encode_text(row.captions).T).cpu()  # (N, M)
     own = row.own[:, None]
     similarity = cosines.gather(1, own)  # (N, 1)
@@ -341,7 +356,7 @@ def score(row, pixels, seed, gallery=None):
 
 def clean_gallery(row, seed):
     """Return the cosines of each image's own caption (row) with every clean image (column): (N, N)."""
-    features = row.clip.encode_pixels(row.pixels, row.defended_encoder(row.clip.encode_image, seed))
+    features = encode_row(row, row.pixels, seed)
     return (row.clip.encode_text([row.captions[i] for i in row.own]) @ features.T).cpu()
 
 
@@ -399,18 +414,23 @@ def choose_steps(row, attack, seed, run=None):
     Where they do, and the attack is one through JPEG, its steps are doubled, once. Choosing an attack on evaluation
     images only makes it stronger.
 
-    returns   the attack; {"steps": its steps, "fall": of the mean cosine by the last doubling, tried or kept}; the
+    returns   the attack; {"steps": its steps, "fall": of the mean cosine of those images with twice these steps}; the
               result of the attack for those images
     """
     few = row.part(slice(CONVERGENCE_IMAGES))
 
-    longer = replace(attack, steps=2 * attack.steps)
-    found, found_longer = (attack_row(each, few, run) for each in (attack, longer))
-    cosines, cosines_longer = (score(few, pixels, seed)["similarity"] for pixels, _ in (found, found_longer))
-    fall = common.gather(float((cosines - cosines_longer).mean()))[0]
-    if fall > TOLERANCE and row.qualities:
-        attack, found = longer, found_longer
-    return attack, {"steps": attack.steps, "fall": fall}, found
+    def with_steps(steps):
+        """The attack with so many steps, its result, and the mean cosine."""
+        longer = replace(attack, steps=steps)
+        found = attack_row(longer, few, run)
+        return longer, found, common.gather(float(score(few, found[0], seed)["similarity"].mean()))[0]
+
+    chosen, found, cosine = with_steps(attack.steps)
+    doubled, found_doubled, cosine_doubled = with_steps(2 * attack.steps)
+    if row.qualities and cosine - cosine_doubled > TOLERANCE:
+        chosen, found, cosine = doubled, found_doubled, cosine_doubled
+        _, _, cosine_doubled = with_steps(2 * chosen.steps)
+    return chosen, {"steps": chosen.steps, "fall": cosine - cosine_doubled}, found
 
 
 @dataclass
@@ -422,6 +442,7 @@ class Measured:
     convergence: dict  # of choose_steps()
     health: dict  # of the attacks
     lowest: torch.Tensor  # uint8 (N, 3, H, W), of each image the attacked one of the lowest cosine
+    ranks: list  # of the own caption, for lowest
     outranked: dict  # {index: (pixels, cosine, rank)} where only another attacked image loses its own caption
 
 
@@ -450,8 +471,9 @@ def measure(row, attack, starts, seed, run=None):
         if ranks[low, i] == 0 < ranks[high, i]:
             outranked[i] = images[high, i], float(cosines[high, i]), int(ranks[high, i])
     conditions = {"clean": clean, "transfer": transfer, "white_box": worst}
-    lowest = images[by_cosine, torch.arange(len(row.pixels))]
-    return Measured(conditions, precision, convergence, common.sum_health(healths), lowest, outranked)
+    every_image = np.arange(len(row.pixels))
+    lowest, lowest_ranks = images[by_cosine, every_image], ranks[by_cosine, every_image].tolist()
+    return Measured(conditions, precision, convergence, common.sum_health(healths), lowest, lowest_ranks, outranked)
 
 
 def save_white_box(folder, measured, examples):
@@ -461,11 +483,9 @@ def save_white_box(folder, measured, examples):
     outranked/   of images that keep their own caption there the one that loses it
     """
     captions, ids, names = examples["caption"][:], examples["coco_id"][:], examples["name"][:]
-    similarities, ranks = (measured.conditions["white_box"][key].tolist() for key in ("similarity", "rank_i2t"))
-    images = []
-    for i, pixels in enumerate(measured.lowest):
-        rank = 0 if i in measured.outranked else ranks[i]
-        images.append(("lowest", i, pixels, similarities[i], rank))
+    similarities = measured.conditions["white_box"]["similarity"].tolist()
+    lowest = zip(measured.lowest, similarities, measured.ranks)
+    images = [("lowest", i, *found) for i, found in enumerate(lowest)]
     images += [("outranked", i, *found) for i, found in measured.outranked.items()]
     for kind in ("lowest", "outranked"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -480,7 +500,7 @@ def save_white_box(folder, measured, examples):
     common.save(folder / "metadata.jsonl", "".join(lines))
 
 
-def radius_curve(row, args, conditions, run=None):
+def radius_curve(row, attack, args, conditions, run=None):
     """Return a row's similarity and R@1 at each of --radii: [(grey levels, similarity, R@1)], the clean images first.
 
     At each radius an image counts as the worst one found in its ball, by the attacks of this radius and of all smaller
@@ -489,8 +509,7 @@ def radius_curve(row, args, conditions, run=None):
     scored = [conditions["clean"]]
     curve = [(0, *mean_worst(scored))]
     for eps in sorted(args.radii):
-        attack = common.white_box(eps, args.attack_steps, through_jpeg=bool(row.qualities))
-        found, _ = attack_both(attack, row, args.seed, run)
+        found, _ = attack_both(replace(attack, eps=eps, alpha=attack.alpha * eps / attack.eps), row, args.seed, run)
         scored += [score(row, pixels, args.seed) for pixels in found]
         table = [conditions["white_box"]] if eps >= args.eps else []
         curve.append((round(eps * 255, 6), *mean_worst(scored + table)))
@@ -592,18 +611,20 @@ def summarise_rows(record, specs, seed):
         single = {name: summarise([record["per_image"][name]], seed, compared) for name in members}
         rows[row]["per_seed"] = single if len(members) > 1 else {}
         fall = max(fall_of(record, name) for name in members)
-        rows[row] |= {"fall": fall, "not_converged": fall > TOLERANCE}
-        rows[row]["steps"] = record["convergence"][members[0]]["steps"]
+        checks = [check for name in members for check in record["sanity"].get(name, {}).get("checks", [])]
+        unfinished = any(result == NOT_CONVERGED for _, result, _ in checks)
+        rows[row] |= {"fall": fall, "not_converged": fall > TOLERANCE or unfinished}
+        rows[row]["steps"] = max(record["convergence"][name]["steps"] for name in members)
         seconds = [specs[name].seconds for name in members]
         rows[row]["training_seconds"] = None if None in seconds else float(np.mean(seconds))
-        rows[row]["precision"] = record["precision"][members[0]]["precision"]
+        rows[row]["precision"] = ", ".join(sorted({record["precision"][name]["precision"] for name in members}))
         rows[row]["note"] = next((specs[name].note for name in members if specs[name].note), None)
         rows[row]["members"] = members
     return rows
 
 
 def fall_of(record, name):
-    """Return by how much more steps lower the mean cosine of some images: twice, and with --sanity five times."""
+    """Return by how much more steps, or with --sanity more starts, too, lower the mean cosine of some images."""
     return max(record["convergence"][name]["fall"], record["sanity"].get(name, {}).get("fall", 0))
 
 
@@ -642,7 +663,7 @@ def sanity(row, attack, seed, run=None):
     """Check the attack on one row (Carlini et al. 2019, arXiv:1902.06705, section 5): a dict with
 
     checks      [(check, PASS, FAIL or NOT CONVERGED, figures)]; attacks are compared on the same images, with TOLERANCE
-    fall        by how much five times the steps lower the mean cosine
+    fall        by how much five times the steps, or three starts, lower the mean cosine
     eps_curve   [(grey levels, mean cosine, R@1)]
     """
     checks = []
@@ -673,7 +694,7 @@ def sanity(row, attack, seed, run=None):
 
     starts = [base, *(similarity(attacked(seed=seed + 7919 * which)[0]) for which in (1, 2))]
     lowest = np.minimum.reduce(starts)
-    converged = (base - lowest).mean() <= TOLERANCE
+    converged, fall = (base - lowest).mean() <= TOLERANCE, max(fall, float((base - lowest).mean()))
     figures = f"{figure:.3f}, lowest of three for each image {lowest.mean():.3f}"
     checks.append((f"three starts lower it by at most {TOLERANCE}", PASS if converged else NOT_CONVERGED, figures))
 
@@ -759,7 +780,7 @@ def notes_on(record, marks, shown=str):
     notes = [f"Not separated in white-box cosine: {'; '.join(pairs) or 'none, every pair differs'}."]
     falls = [f"{shown(name)} {row['fall']:.3f}" for name, row in record["rows"].items() if row["not_converged"]]
     if falls:
-        what = "<= marks an attack that has not converged: more steps lower the mean cosine further"
+        what = "<= marks an attack that has not converged: more steps lower the mean cosine of some images further"
         notes.append(f"{shown(what)}: {'; '.join(falls)}.")
     doubled = [name for name, row in record["rows"].items() if row["steps"] > record["args"]["attack_steps"]]
     if doubled:
@@ -845,8 +866,10 @@ def radius_curves(record):
     curves = {}
     for name, row in record["rows"].items():
         if all(member in record["radii"] for member in row["members"]):
-            points = zip(*(record["radii"][member] for member in row["members"]))
-            curves[name] = [tuple(float(value) for value in np.mean(point, 0)) for point in points]
+            points = [{point[0]: point[1:] for point in record["radii"][member]} for member in row["members"]]
+            shared = sorted(set.intersection(*({*each} for each in points)))
+            means = (np.mean([each[level] for each in points], 0) for level in shared)
+            curves[name] = [(level, *map(float, mean)) for level, mean in zip(shared, means)]
     return curves
 
 
@@ -1033,6 +1056,7 @@ def draw_curves(path, curves, count):
 # of metrics.json, each {name: ...}
 MEASURED = ["keys", "per_image", "precision", "convergence", "health", "sanity", "radii"]
 OPTIONAL = ["sanity", "radii"]  # of these what --sanity and --radii ask for
+OPTIONAL_PARTS = {"sanity": "sanity", "radii": "radii", "radii code": "radii"}  # part of a row's key -> what it is for
 
 
 def main(args):
@@ -1084,15 +1108,16 @@ def take_measured(run, record, keys):
     for name, was in earlier["keys"].items():
         target = record if name in keys else record["not_shown"]
         changed = [part for part, value in keys.get(name, was).items() if was.get(part) != value]
-        if {*changed} - {*OPTIONAL}:
+        if {*changed} - {*OPTIONAL_PARTS}:
             why = ", ".join(f"code ({run.changed})" if part == "code" and run.changed else part for part in changed)
             print(f"{name} is measured again, because of other {why}")
             continue
-        for kind in changed:
+        dropped = {OPTIONAL_PARTS[part] for part in changed}
+        for kind in sorted(dropped):
             if name in earlier[kind]:
                 print(f"{name}: its figures of --{kind} were made with other code or flags and are dropped")
         for kind in MEASURED:
-            if name in earlier[kind] and kind not in changed:
+            if name in earlier[kind] and kind not in dropped:
                 target[kind][name] = earlier[kind][name]
         target["per_image"][name] = {
             condition: {key: np.array(values, int if "rank" in key else np.float32) for key, values in scored.items()}
@@ -1119,7 +1144,8 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
     loaded = {None: forgive_equal_captions(original)}  # {source: a row}; rows behind JPEG share a model
     for name in missing:
         if specs[name].source not in loaded:
-            loaded[specs[name].source] = load_row(args, name, specs[name], original, examples)
+            row = loaded[specs[name].source] = load_row(args, name, specs[name], original, examples)
+            row.clip.to("cpu")
 
     unmeasured = [name for name in missing if name not in record["per_image"]]
     checks = 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # attacks per image in sanity(); five times the steps count as five
@@ -1135,8 +1161,9 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
     record["coco_ids"] = common.known_ids(examples)
     for name in missing:
         spec, attack = specs[name], row_attack(args, specs[name])
-        key = common.digest({part: value for part, value in keys[name].items() if part not in OPTIONAL})
+        key = common.digest({part: value for part, value in keys[name].items() if part not in OPTIONAL_PARTS})
         row = replace(loaded[spec.source], name=name, qualities=spec.qualities, key=key)
+        row.clip.to(row.clip.device)
         if name in unmeasured:
             measured = measure(row, attack, args.restarts, args.seed, run)
             record["per_image"][name], record["health"][name] = measured.conditions, measured.health
@@ -1155,8 +1182,10 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
         if args.sanity:
             record["sanity"][name] = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)
         if args.radii:
-            record["radii"][name] = radius_curve(row, args, record["per_image"][name], run)
+            record["radii"][name] = radius_curve(row, attack, args, record["per_image"][name], run)
         record["keys"][name] = record["keys"].get(name, {}) | keys[name]
+        if spec.source:
+            row.clip.to("cpu")  # a GPU need not hold all models at once
 
 
 def show(run, record):
@@ -1166,6 +1195,10 @@ def show(run, record):
     common.save(run.dir / "table.md", markdown_table(record))
     draw_cosines(run.dir / "cosines.png", record)
     draw_table(run.dir / "table.png", record)
+    kept = {image_folder(name) for name in (*record["per_image"], *record["not_shown"]["per_image"])}
+    for folder in (run.dir / "white_box").iterdir() if (run.dir / "white_box").is_dir() else ():
+        if folder.name not in kept:  # of an earlier run
+            shutil.rmtree(folder)
     count = min(SANITY_IMAGES, record["n"])
     curves = {name: record["sanity"][name]["eps_curve"] for name in record["rows"] if name in record["sanity"]}
     for name, kind, n in (("eps_curves.png", curves, count), ("radii.png", radius_curves(record), record["n"])):

@@ -78,8 +78,12 @@ def test_twice_the_steps_tell_whether_an_attack_has_converged_and_jpegs_are_doub
     fall = evaluate.score(setup.row, short, 0)["similarity"] - evaluate.score(setup.row, long, 0)["similarity"]
     assert chosen == attack and convergence == {"steps": 3, "fall": pytest.approx(fall.mean(), abs=1e-6)}
     assert convergence["fall"] > evaluate.TOLERANCE and torch.equal(done[0], short)
-    chosen, convergence, _ = evaluate.choose_steps(replace(setup.row, qualities=(30,)), attack, 0)
-    assert chosen.steps == convergence["steps"] == 6 and convergence["fall"] > evaluate.TOLERANCE
+    through_jpeg = replace(setup.row, qualities=(30,))
+    chosen, convergence, done = evaluate.choose_steps(through_jpeg, attack, 0)
+    assert chosen.steps == convergence["steps"] == 6
+    short, long = (evaluate.attack_row(replace(attack, steps=steps), through_jpeg)[0] for steps in (6, 12))
+    cosines = [evaluate.score(through_jpeg, found, 0)["similarity"].mean() for found in (short, long)]
+    assert torch.equal(done[0], short) and convergence["fall"] == pytest.approx(cosines[0] - cosines[1], abs=1e-6)
 
 
 def test_a_row_of_which_some_images_are_attacked_already_is_the_row_attacked_as_a_whole(setup, monkeypatch):
@@ -164,6 +168,7 @@ def test_the_saved_white_box_images_are_those_behind_the_figures(setup, tmp_path
         assert scored["similarity"] == pytest.approx(entry["similarity"], abs=1e-5)
         assert scored["rank_i2t"] == entry["rank_i2t"] and common.linf_grey_levels(row.pixels[i], pixels) <= 8
         found.setdefault(i, []).append(entry)
+    assert [entry["rank_i2t"] for entry in entries[:IMAGES]] == measured.ranks
     for i, own in found.items():
         assert min(entry["similarity"] for entry in own) == pytest.approx(worst["similarity"][i], abs=1e-5)
         assert (max(entry["rank_i2t"] for entry in own) > 0) == (worst["rank_i2t"][i] > 0)
@@ -270,7 +275,7 @@ def test_mmeb_candidates_are_the_rows_own_lists(setup):
     assert [captions[i] for i in own] == setup.examples["caption"][:]
 
 
-def test_random_jpeg_draws_differ_by_image_and_look_but_not_by_run(setup):
+def test_random_jpeg_draws_differ_by_image_and_look_but_not_by_run_or_batch(setup, monkeypatch):
     row = replace(setup.row, qualities=("random",))
     images = common.as_images(row.pixels[:1].repeat(8, 0), torch.device("cpu"))
     with torch.no_grad():
@@ -279,6 +284,9 @@ def test_random_jpeg_draws_differ_by_image_and_look_but_not_by_run(setup):
         again = row.defended_encoder(row.clip.encode_image, 0)(images)
     assert torch.equal(first, again) and not torch.equal(first, second)
     assert (first[0] != first[1:]).any()
+    together = evaluate.score(row, row.pixels, 0)["similarity"]
+    monkeypatch.setattr(row.clip, "batch_size", 5)
+    np.testing.assert_allclose(evaluate.score(row, row.pixels, 0)["similarity"], together, atol=1e-5)
 
 
 def test_random_jpeg_is_drawn_alike_in_whatever_batch_an_image_is_attacked(setup, monkeypatch):
@@ -348,12 +356,24 @@ def test_a_bare_visual_tower_keeps_the_text_tower(setup, tmp_path):
 
 def test_five_images_are_shared_out_as_three_and_two(setup, monkeypatch):
     monkeypatch.setattr(common, "PROCESSES", 2)
+    monkeypatch.setattr(common, "gather", lambda value=None: [value])
     loss = partial(common.own_caption, setup.row.clip.encode_text(setup.examples["caption"][:]))
     shares = []
     for rank in (0, 1):
         monkeypatch.setattr(common, "RANK", rank)
         shares += common.attack_images(replace(ATTACK, steps=1), loss, setup.row.pixels[:5], setup.row.clip)
     assert [(here.start, here.stop, len(pixels)) for here, pixels, _ in shares] == [(0, 3, 3), (3, 5, 2)]
+
+
+def test_a_process_whose_memory_was_full_has_the_batches_of_all(setup, monkeypatch):
+    monkeypatch.setattr(common, "PROCESSES", 2)
+    monkeypatch.setattr(common, "gather", lambda value=None: [value, 2])
+    loss, shares = own_caption_of(setup), []
+    for rank, size in ((0, 4), (1, 2)):
+        monkeypatch.setattr(common, "RANK", rank)
+        monkeypatch.setattr(setup.row.clip, "batch_size", size)
+        shares += common.attack_images(replace(ATTACK, steps=1), loss, setup.row.pixels, setup.row.clip)
+    assert [here.start for here, *_ in shares] == list(range(0, IMAGES, 2))
 
 
 def test_what_a_run_kept_of_some_images_is_not_taken_for_as_many_others(setup):
@@ -401,7 +421,7 @@ def test_bf16_is_accepted_by_the_outcome_of_its_attack(setup, in_bf16, capsys, m
     row, attack = average_colours(setup), replace(ATTACK, steps=14)
     given = attack, evaluate.row_loss(attack, row), row.pixels, in_bf16
     precision, record = common.accept_precision(*given)
-    assert precision == "bf16" == record["precision"] and abs(record["weaker_by"]) <= common.TOLERANCE
+    assert precision == "bf16" == record["precision"] and abs(record["weaker_by"]["bf16"]) <= common.TOLERANCE
     encoder, keep = in_bf16.attack_encoder, (torch.arange(IMAGES) % 3 > 0).view(-1, 1, 1, 1)
 
     def planted_encoder(bf16=None):
@@ -410,7 +430,7 @@ def test_bf16_is_accepted_by_the_outcome_of_its_attack(setup, in_bf16, capsys, m
 
     monkeypatch.setattr(in_bf16, "attack_encoder", planted_encoder)
     precision, record = common.accept_precision(*given)
-    assert precision == "fp32" and 0.005 < record["weaker_by"] < 0.1
+    assert precision == "fp32" and 0.005 < record["weaker_by"]["bf16"] < 0.1
     assert "weaker than the fp32 one" in capsys.readouterr().out
     monkeypatch.setattr(in_bf16, "precision", "bf16")
     assert "use --precision fp32" in refusal(capsys, common.accept_precision, *given)
