@@ -299,6 +299,23 @@ def test_a_further_row_alone_is_attacked_and_none_is_lost(table):
     assert "nothing to do" in run(*row)
 
 
+def test_seeds_are_averaged_and_share_the_adversarial_images_of_the_first(table):
+    folder, run = table
+    printed = run("--reproduce", "--trainings", "pgd", "--seeds", 2)
+    assert measured(printed) == ["contrastive, offline, seed 1"] and "lowest of 2 seeds" in printed
+    training = metrics(folder / "pgd_seed1")["args"]
+    assert training["seed"] == 1 and training["adversarial_dir"].endswith("/adversarial_train")
+    record = metrics(folder / "evaluation")
+    row, seeds = record["rows"]["contrastive, offline"], []
+    assert list(record["rows"]) == ["original", "contrastive, offline", "JPEG 50"]
+    for name in ("contrastive, offline", "contrastive, offline, seed 1"):
+        seeds.append(np.mean(record["per_image"][name]["white_box"]["similarity"]))
+        assert row["per_seed"][name]["white_box_similarity"] == pytest.approx(seeds[-1])
+    assert seeds[0] != seeds[1] and row["white_box_similarity"] == pytest.approx(np.mean(seeds))
+    assert (folder / "evaluation" / "white_box" / "contrastive_offline_seed_1" / "metadata.jsonl").is_file()
+    assert measured(run()) == [] and "seed 1" in str(metrics(folder / "evaluation")["not_shown"]["keys"])
+
+
 def test_a_table_made_before_the_trainings_is_completed_by_them(table):
     folder, run = table
     for stage in ("mat", "pgd", "online"):

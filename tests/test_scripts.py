@@ -255,10 +255,10 @@ def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, r
     for row, name in zip(cells, record["rows"]):
         assert len(row) == len(header) and row[9] == str(EVAL) and row[0].endswith("(!)") == (name == ODD)
         assert row[10] == evaluate.duration(record["rows"][name]["training_seconds"])
-        assert row[3].startswith(f"<= {record['rows'][name]['white_box_similarity']:.3f} [")  # 15 steps are too few
+        assert row[3].startswith(f"<= {record['rows'][name]['white_box_similarity']:.3f} [")  # 10 steps are too few
     assert (cells[0][11:] == ["0.2513", "-0.1783", "-"]) == comparable
     notes = ["".join(part.itertext()) for part in page[3:-1]]
-    assert f"original ~ {ODD}" in notes[0] and f"; {ODD} 0." in notes[1] and "JPEG 50: 30 steps" in notes[2]
+    assert f"original ~ {ODD}" in notes[0] and f"; {ODD} 0." in notes[1] and "JPEG 50: 20 steps" in notes[2]
     assert "one seed" in notes[3] and notes[4].startswith("(!): ")  # what marks a row is explained
     items = [" ".join("".join(item.itertext()).split()) for item in page.find("ul")]
     assert len(items) == 2 * len(rows) and f"FAIL {ODD}: it holds: 1 | 2" in items

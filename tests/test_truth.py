@@ -62,8 +62,8 @@ def average_colours(setup):
 
 
 def test_the_checks_pass_where_an_attack_has_converged_and_say_where_it_has_not(setup):
-    assert set(checked(average_colours(setup), steps=30).values()) == {"PASS"}
-    results = checked(setup.row, steps=3)
+    assert set(checked(average_colours(setup), count=3, steps=30).values()) == {"PASS"}
+    results = checked(setup.row, count=3, steps=3)
     assert set(results.values()) == {"PASS", "NOT CONVERGED"}
     assert [check[:20] for check, result in results.items() if result != "PASS"][0] == "five times the steps"
 
