@@ -99,7 +99,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """Show the script's docstring as it stands, and the default behind every flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        shown = action.default is not None and action.default is not False and action.default != []
+        return super()._get_help_string(action) if shown else action.help
 
 
 def pixel_distance(text):
@@ -607,7 +608,9 @@ def command_line(script, *words):
 
 def flag_text(key, value):
     """Return the value of a flag as a user would type it."""
-    return radius_text(value) if key in ("eps", "alpha") and isinstance(value, float) else value
+    if key in ("eps", "alpha") and isinstance(value, float):
+        return radius_text(value)
+    return "''" if value == "" else value
 
 
 def other_input(key):

@@ -220,13 +220,13 @@ def list_rows(args):
         defences[text] = text
     for name, text in defences.items():
         model, *steps = text.split("+")
-        models = ", ".join(dict.fromkeys(spec.row for spec in specs.values()))
+        models = "; ".join(dict.fromkeys(spec.row for spec in specs.values()))
         with common.exit_on_error(f"--defence {text}: write MODEL+jpegQ, MODEL one of {models}"):
             steps = tuple(jpeg_quality(re.fullmatch("jpeg(.+)", step)[1]) for step in steps)
             model = short.get(model, model)
             models = {label: spec for label, spec in specs.items() if spec.row == model}
             if not models:
-                raise KeyError(model)
+                raise ValueError(f"there is no {model!r}")
         for label, spec in models.items():
             label = name + label.removeprefix(model)
             specs[label] = replace(spec, row=name, qualities=spec.qualities + steps)

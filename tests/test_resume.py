@@ -203,10 +203,10 @@ ENDS = {  # one after the other in one folder: fault, exit code, its one line
         (Fault("common.pgd", 2, "SIGINT"), 130, STOPPED),
     ],
     "MAT": [
-        (Fault(STEP, 1, ".*loss of step 1 is not finite.*lower --lr and --overwrite"),
+        (Fault(STEP, 1, "not finite"), 2, ".*step 1 is not finite.*lower --lr and --overwrite"),
         (Fault(STEP, 2, "SIGINT"), 130, STOPPED),
         (Fault(STEP, 2, "large files fail"), 2, FULL),  # the state of step 3
-        (Fault(STEP, 1, ".*loss of step 3 is not finite.*lower --lr and --overwrite"),
+        (Fault(STEP, 1, "not finite"), 2, ".*step 3 is not finite.*lower --lr and --overwrite"),
         (Fault(STEP, 2, "large files fail"), 2, FULL),  # the model
     ],
 }
