@@ -11,18 +11,20 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for test_cuda.py alone: the other tests know the CPU's figures
 for name in list(os.environ):
-    ours = name.startswith(("HF_", "HUGGINGFACE", "TORCH")) or name.lower().endswith("_proxy")
+    ours = name.startswith(("HF_", "HUGGINGFACE", "TORCH", "MPLBACKEND")) or name.lower().endswith("_proxy")
     if ours or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         del os.environ[name]
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "CUDA_VISIBLE_DEVICES": ""}
 os.environ |= {"HF_HOME": f"{tempfile.gettempdir()}/tests-without-a-hub", "OMP_NUM_THREADS": "1"}  # 2 workers, 2 cores
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # of processes that tests start
+import matplotlib.figure  # noqa: E402
 import torch  # noqa: E402 - it reads them
 
 TINY = ROOT / "tests" / "tiny"
@@ -35,13 +37,18 @@ def seeded():
     torch.manual_seed(0)
 
 
-def shell(*words, code=0):
-    """Run a script as a user's shell would, in this process, which saves the imports: its stdout and stderr."""
+def shell(*words, code=0, figures=False):
+    """Run a script as a user's shell would, in this process, which saves the imports: its stdout and stderr.
+
+    figures   whether they are written, which takes longer than small attacks
+    """
     words = [str(ROOT / words[0]), *map(str, words[1:])]
     out, err, argv, ended = io.StringIO(), io.StringIO(), sys.argv, 0
     sys.argv = words
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.ExitStack() as stack:
+            for slow in () if figures else ("savefig", "tight_layout"):
+                stack.enter_context(patch.object(matplotlib.figure.Figure, slow))
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         ended = end.code or 0
@@ -93,5 +100,5 @@ def report(tmp_path_factory, worker_id):
         fcntl.flock(lock, fcntl.LOCK_EX)
         printed = Path(f"{folder}.txt")
         if not printed.exists():
-            printed.write_text(shell(*command)[0])
+            printed.write_text(shell(*command, figures=True)[0])
     return folder, printed.read_text(), command

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -246,10 +245,8 @@ def test_what_is_complete_outlives_an_unfinished_extension_of_other_code_and_the
 
 
 @pytest.fixture
-def table(report, tmp_path, monkeypatch):
+def table(report, tmp_path):
     """A copy of the small report; (its folder, a function that runs evaluate.py there and returns what it printed)."""
-    for slow in ("savefig", "tight_layout"):
-        monkeypatch.setattr(matplotlib.figure.Figure, slow, lambda *_, **__: None)
     folder = Path(shutil.copytree(report[0], tmp_path / "report"))
 
     def run(*words, code=0):
