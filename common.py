@@ -816,16 +816,7 @@ class Clip(torch.nn.Module):
 
         With gradients the products are in bf16 if .bf16 is set; under torch.no_grad() all is fp32.
         """
-        bf16 = self.bf16 and torch.is_grad_enabled()
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        if self.weights and torch.is_grad_enabled():
-            return run_tower(self.model.visual, self.weights, held=False)(images)
-        tower = fast_tower(self.model.visual, self.mean, self.std, dtype, held=False)
-        if tower:
-            return tower(images)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            image_features = self.model.encode_image((images - self.mean) / self.std)
-        return F.normalize(image_features.float(), dim=-1)
+        return self.encoder(self.bf16 and torch.is_grad_enabled(), held=False)(images)
 
     forward = encode_image  # for DistributedDataParallel
 
@@ -834,11 +825,14 @@ class Clip(torch.nn.Module):
 
         bf16   whether its products are computed in bfloat16, by default .bf16
         """
-        bf16 = self.bf16 if bf16 is None else bf16
+        return self.encoder(self.bf16 if bf16 is None else bf16, held=True)
+
+    def encoder(self, bf16, held):
+        """Return encode_image with products in bfloat16 or float32; held: see fast_tower()."""
         if self.weights and bf16 == self.bf16:
-            return run_tower(self.model.visual, self.weights, held=True)
+            return run_tower(self.model.visual, self.weights, held)
         dtype = torch.bfloat16 if bf16 else torch.float32
-        if tower := fast_tower(self.model.visual, self.mean, self.std, dtype, held=True):
+        if tower := fast_tower(self.model.visual, self.mean, self.std, dtype, held):
             return tower
 
         def encode(images):
@@ -2161,12 +2155,6 @@ def step_generator(seed, step, device):
     different numbers.
     """
     return torch.Generator(device).manual_seed(step_seed(seed, step))
-
-
-def uniform_noise(count, images, eps, generator):
-    """Draw the noise from which PGD starts on count images like these: uniform in [-eps, eps], (count, 3, H, W)."""
-    noise = torch.rand(count, *images.shape[1:], generator=generator, device=images.device)
-    return eps * (2 * noise - 1)
 
 
 def contrastive_loss(image_features, text_features, logit_scale):

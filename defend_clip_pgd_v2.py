@@ -103,7 +103,8 @@ def main(args):
         if args.online_steps:
             visual.eval()  # attack the network that is deployed
             generator = common.step_generator(args.seed, step, clip.device)
-            start = images + take(common.uniform_noise(len(batch), images, args.eps, generator), part)
+            noise = torch.rand(len(batch), *images.shape[1:], generator=generator, device=clip.device)
+            start = images + take(args.eps * (2 * noise - 1), part)
             loss_fn = attack_loss(clip.attack_encoder(), batch[part])
             images_adv, _ = pgd(loss_fn, images, attack, start, check_range=False)
             trainer.train_mode()

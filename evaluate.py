@@ -202,12 +202,10 @@ def list_rows(args):
             seconds, note = record["training_seconds"], common.code_note(folder)
             specs[seed_name(row, seed, args)] = Spec(row, f"local-dir:{folder}", (), seconds, note)
     rows = {"original", *(row for row, *_ in TRAININGS.values())}
-    taken = {*rows, *TRAININGS, *REPORT_NAMES.values(), *(f"JPEG {quality}" for quality in args.qualities)}
+    taken = {*specs, *rows, *TRAININGS, *REPORT_NAMES.values(), *(f"JPEG {quality}" for quality in args.qualities)}
     for name, source in args.checkpoint:
         if name in taken:
             fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
-        if name in specs:
-            fail(f"--checkpoint {name}=...: a trained row has that name; choose another")
         taken.add(name)
         specs[name] = Spec(name, source)
     # --defence takes the name of a training's folder, and the report's, too
@@ -451,8 +449,8 @@ def measure(row, attack, starts, seed, run=None):
     gallery = clean_gallery(row, seed)
     clean, transfer = (score(row, pixels, seed, gallery) for pixels in (row.pixels, row.transfer))
     print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
-    loss, few = row_loss(attack, row), row.part(slice(common.COMPARED_IMAGES))
-    chosen, precision = common.accept_precision(attack, loss, few.pixels, row.clip, few.transfer, row.name)
+    given = attack, row_loss(attack, row), row.pixels, row.clip, row.transfer, row.name
+    chosen, precision = common.accept_precision(*given)
     row = replace(row, precision=chosen)
     attack, convergence, done = choose_steps(row, attack, seed, run)
     # the transferred images count as white-box, too; resized ones may have left the ball
@@ -467,9 +465,9 @@ def measure(row, attack, starts, seed, run=None):
     worst = {key: values.max(0) if key.startswith("rank") else values.min(0) for key, values in every.items()}
     cosines, ranks, images = every["similarity"], every["rank_i2t"], torch.stack(sets)
     by_cosine, by_rank, outranked = cosines.argmin(0), ranks.argmax(0), {}
-    for i, (low, high) in enumerate(zip(by_cosine, by_rank)):
-        if ranks[low, i] == 0 < ranks[high, i]:
-            outranked[i] = images[high, i], float(cosines[high, i]), int(ranks[high, i])
+    for i, (first, last) in enumerate(zip(by_cosine, by_rank)):  # indices of the sets: lowest cosine, worst rank
+        if ranks[first, i] == 0 < ranks[last, i]:
+            outranked[i] = images[last, i], float(cosines[last, i]), int(ranks[last, i])
     conditions = {"clean": clean, "transfer": transfer, "white_box": worst}
     every_image = np.arange(len(row.pixels))
     lowest, lowest_ranks = images[by_cosine, every_image], ranks[by_cosine, every_image].tolist()
@@ -608,8 +606,8 @@ def summarise_rows(record, specs, seed):
     for row, members in names.items():
         compared = original if row != "original" else None
         rows[row] = summarise([record["per_image"][name] for name in members], seed, compared)
-        single = {name: summarise([record["per_image"][name]], seed, compared) for name in members}
-        rows[row]["per_seed"] = single if len(members) > 1 else {}
+        seeds = members if len(members) > 1 else []
+        rows[row]["per_seed"] = {name: summarise([record["per_image"][name]], seed, compared) for name in seeds}
         fall = max(fall_of(record, name) for name in members)
         checks = [check for name in members for check in record["sanity"].get(name, {}).get("checks", [])]
         unfinished = any(result == NOT_CONVERGED for _, result, _ in checks)
