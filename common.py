@@ -2280,7 +2280,7 @@ class Trainer:
     def end_epoch(self):
         """Print the clean and white-box similarity on the validation images."""
         args, clip, epoch = self.args, self.clip, self.log[-1]["epoch"]
-        loss = float(np.mean([entry["loss"] for entry in self.log[-args.loss_window :]]))
+        loss = float(np.mean([entry["loss"] for entry in self.log if entry["epoch"] == epoch]))
         self.visual.eval()
         pixels, text_features = self.validation["pixels"], clip.encode_text(self.validation["caption"][:])
         attack = white_box(args.eps, args.steps)
