@@ -2043,11 +2043,13 @@ def adversarial_folder(args, split):
 def require_same(folder, args, *flags, command):
     """Return the record of the run in folder; exit unless it has the values of these flags in args and its weights.
 
-    command   the command that makes the folder as it should be
+    command   the command that makes the folder as it should be; the run in it must be of the same script
     """
     record = load_record(folder / "metrics.json")
     weights = model_checksums(args.model, args.pretrained)
-    changes = [other_input(key) for key, value in weights.items() if record["inputs"].get(key) != value]
+    scripts = [f"{key.removesuffix('.main')}.py" for key in record.get("code", ()) if key.endswith(".main")]
+    changes = [f"{script}, not {command[0]}" for script in scripts if script != command[0]]
+    changes += [other_input(key) for key, value in weights.items() if record["inputs"].get(key) != value]
     for flag in flags:
         was, now = record["args"].get(flag), relative_paths(getattr(args, flag))
         if was != now:

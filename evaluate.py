@@ -22,6 +22,7 @@ Files written to --output_dir (default runs/<preset>/evaluation); the folders of
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import math
@@ -67,6 +68,10 @@ TRAININGS = {  # folder: the row, the script that trains it, and its flags
     ),
     "online": ("FARE, online", "defend_clip_pgd_v2.py", "--online_steps", 2),
 }
+# of a training: with other values of these it is not the row's, and with other values of those the row is marked
+SAME_TRAINING = ["model", "pretrained", "eps", "seed", "loss", "online_steps"]
+NOTED_TRAINING = ["lr", "epochs", "max_steps", "batch_size", "weight_decay", "loss_threshold", "loss_window", "alpha"]
+NOTED_TRAINING += ["steps", "num_images", "train_data"]
 # flags that choose rows: with others a complete table is extended
 ROW_FLAGS = ["trainings", "seeds", "qualities", "defence", "checkpoint", "adversarial_dir", "sanity", "radii"]
 SANITY_IMAGES = 24
@@ -194,13 +199,15 @@ def list_rows(args):
             if not (folder / "metrics.json").exists():
                 print(f"{folder} has no finished run: it is left out of the row {row}")
                 continue
-            flags = ["model", "pretrained", "eps", "seed"]
-            record = common.require_same(folder, given, *flags, command=command)
+            expected = importlib.import_module(Path(command[0]).stem).parse_args(command[1:])
+            flags = [flag for flag in SAME_TRAINING if hasattr(expected, flag)]
+            record = common.require_same(folder, expected, *flags, command=command)
             if not (folder / "open_clip_config.json").is_file():
                 again = common.command_line(*command, "--overwrite")
                 fail(f"{folder} has no open_clip_config.json: it is of an earlier version. To make it again: {again}")
-            seconds, note = record["training_seconds"], common.code_note(folder)
-            specs[seed_name(row, seed, args)] = Spec(row, f"local-dir:{folder}", (), seconds, note)
+            notes = [note for note in (training_note(record, expected), common.code_note(folder)) if note]
+            spec = Spec(row, f"local-dir:{folder}", (), record["training_seconds"], "; ".join(notes) or None)
+            specs[seed_name(row, seed, args)] = spec
     rows = {"original", *(row for row, *_ in TRAININGS.values())}
     taken = {*specs, *rows, *TRAININGS, *REPORT_NAMES.values(), *(f"JPEG {quality}" for quality in args.qualities)}
     for name, source in args.checkpoint:
@@ -232,6 +239,24 @@ def list_rows(args):
         if image_folder(one) == image_folder(other):
             fail(f"the rows {one} and {other} would save their images in the same folder: choose another name")
     return specs
+
+
+def training_note(record, expected):
+    """Return a text that names the flags and images of a training that are not those of its row, or ''.
+
+    record     its metrics.json
+    expected   the flags of the row's training
+    """
+    changes = []
+    if expected.num_images is None and os.path.exists(expected.train_data):  # own pictures: all of them
+        content = common.digest(common.load_training_rows(expected)["checksum"][:])
+        changes += ["other images and captions"] if record["inputs"]["images and captions"] != content else []
+    for flag in NOTED_TRAINING:
+        values = record["args"].get(flag), common.relative_paths(getattr(expected, flag))
+        if values[0] != values[1]:
+            was, now = ("none" if value is None else common.flag_text(flag, value) for value in values)
+            changes.append(f"--{flag} {was}, not {now}")
+    return f"trained with {'; '.join(changes)}" if changes else ""
 
 
 def seed_name(row, seed, args):

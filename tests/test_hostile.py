@@ -555,7 +555,7 @@ def flip(file):
 def trained(place, weights=None, **args):
     """A training of the same model beside evaluate.py's folder, with other args or none, and its weights."""
     record = json.loads((place.shared / MADE).read_text())
-    record |= {"training_seconds": 1, "args": record["args"] | args}
+    record |= {"training_seconds": 1, "args": record["args"] | args, "code": {f"{MAT}.main": "edited"}}
     config = (TINY / "clip" / "open_clip_config.json").read_bytes()
     model = {WEIGHTS: weights, "mat/open_clip_config.json": config} if weights else {}
     there({TRAINED: json.dumps(record).encode()} | model)(place)
