@@ -766,7 +766,8 @@ def save(path, value):
                 value.save(file, "PNG", compress_level=1)  # level 6 is 5 % smaller and takes 30 % more time
             else:
                 if not isinstance(value, str):
-                    value = json.dumps(value, indent=1, ensure_ascii=False, default=np.ndarray.tolist) + "\n"
+                    options = {"ensure_ascii": False, "default": np.ndarray.tolist, "allow_nan": False}
+                    value = json.dumps(value, indent=1, **options) + "\n"
                 file.write(value.encode())
             file.flush()
             os.fsync(file.fileno())

@@ -74,6 +74,7 @@ NOTED_TRAINING = ["lr", "epochs", "max_steps", "batch_size", "weight_decay", "lo
 NOTED_TRAINING += ["steps", "num_images", "train_data"]
 # flags that choose rows: with others a complete table is extended
 ROW_FLAGS = ["trainings", "seeds", "qualities", "defence", "checkpoint", "adversarial_dir", "sanity", "radii"]
+RANKED_AT_ONCE = 256  # images whose cosines with all captions are in memory at a time
 SANITY_IMAGES = 24
 CONVERGENCE_IMAGES = 16
 SCORE_DRAWS, ATTACK_DRAWS = 16, 4  # of a random JPEG quality: averaged in a score, in a step of an attack
@@ -163,9 +164,10 @@ class Row:
     clip: common.Clip
     pixels: object  # uint8 (N, 3, H, W), numpy
     transfer: object  # likewise, attacked on the original model: where an attack without a seed starts
-    captions: list[str]  # to retrieve from, M distinct ones
-    own: torch.Tensor  # (N,) index of each image's own caption
-    allowed: torch.Tensor  # (N, M) bool: candidates of each image
+    captions: list[str]  # to retrieve from, M distinct ones; the next two hold indices into them
+    right: torch.Tensor  # (N, R) of each image's own captions: the attacked one is the first, and fills up the row
+    candidates: torch.Tensor | None  # (N, K) of the captions that each image is ranked among, filled up; None: of all
+    equal: torch.Tensor  # (M,) a number below M, the same for captions with equal tokens
     qualities: tuple = ()  # of Spec
     key: str = ""  # digest of row_key()
     precision: str | None = None  # of the attack's gradients, from accept_precision()
@@ -182,10 +184,30 @@ class Row:
         among = here and (len(self.pixels), here)
         return with_jpeg(codec, self.qualities, encode_image, seed, among, draws)
 
+    @property
+    def own(self):
+        """Index of the caption that is attacked, of each image: (N,)."""
+        return self.right[:, 0]
+
+    def wrong_captions(self, index):
+        """Return which captions are wrong answers for some of the images: (B, M) bool."""
+        none = torch.zeros(len(self.right[index]), len(self.captions), dtype=torch.bool)
+        wrong = ~none.scatter(1, self.equal[self.right[index]], True)[:, self.equal]
+        return wrong if self.candidates is None else wrong & none.scatter(1, self.candidates[index], True)
+
+    def wrong_images(self, index):
+        """Return which images are wrong answers for the own captions of some: (B, N) bool."""
+        own, right = self.equal[self.own[index]], self.equal[self.right]
+        wrong = torch.ones(len(own), len(right), dtype=torch.bool)
+        for captions in right.T:
+            wrong &= own[:, None] != captions
+        return wrong
+
     def part(self, index):
         """The row with some of its images alone."""
+        candidates = None if self.candidates is None else self.candidates[index]
         pixels, transfer = self.pixels[index], self.transfer[index]
-        return replace(self, pixels=pixels, transfer=transfer, own=self.own[index], allowed=self.allowed[index])
+        return replace(self, pixels=pixels, transfer=transfer, right=self.right[index], candidates=candidates)
 
 
 def list_rows(args):
@@ -310,7 +332,7 @@ def load_row(args, name, spec, original, examples):
         row.pixels = load_examples(args, "eval", rows, clip.geometry)[:]["pixels"]
         transform = common.to_geometry(clip.geometry)
         row.transfer = np.stack([transform(Image.fromarray(image.transpose(1, 2, 0))) for image in original.transfer])
-    return forgive_equal_captions(row)
+    return forgive_equal_captions(row, examples["path"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,30 +340,48 @@ def load_row(args, name, spec, original, examples):
 
 
 def load_candidates(kind, examples):
-    """Return the captions to retrieve from, as in Row: captions, own, allowed."""
-    own, right = examples["caption"][:], examples["captions"][:]
-    lists = examples["texts"][:] if kind == "mmeb" else [list(itertools.chain(*right))] * len(own)
-    captions = list(dict.fromkeys(itertools.chain(*lists)))
-    # the further captions of an image are not wrong answers
-    sets = [{*texts} - {*captions_of[1:]} | {captions_of[0]} for texts, captions_of in zip(lists, right)]
-    allowed = torch.tensor([[caption in texts for caption in captions] for texts in sets])
-    if allowed.sum(1).min() < 2:
-        fail("retrieval needs at least two different captions for each image: raise --num_images")
-    return captions, torch.tensor([captions.index(caption) for caption in own]), allowed
+    """Return the captions to retrieve from, as in Row: captions, right, candidates, equal."""
+    numbers = {}  # of the captions
+
+    def indices_of(lists):
+        """Number lists of captions, the shorter ones filled up with their first: (N, the longest)."""
+        found = [[numbers.setdefault(caption, len(numbers)) for caption in captions] for captions in lists]
+        longest = max(map(len, found))
+        return torch.tensor([indices + indices[:1] * (longest - len(indices)) for indices in found])
+
+    candidates = indices_of(examples["texts"]) if kind == "mmeb" else None
+    right = indices_of(examples["captions"])
+    return list(numbers), right, candidates, torch.arange(len(numbers))
 
 
-def forgive_equal_captions(row):
-    """Return a row in which captions with equal tokens are not wrong answers for each other's images."""
+def forgive_equal_captions(row, paths):
+    """Return a row in which captions with equal tokens are not wrong answers for each other's images.
+
+    Exit if an image then has no wrong answer; the paths name the images.
+    """
+    row = replace(row, equal=row.clip.tokenizer(row.captions).unique(dim=0, return_inverse=True)[1])
+    alone = (count_candidates(row) == 1).nonzero()
+    if len(alone):
+        length = row.clip.tokenizer(row.captions[:1]).shape[1]
+        remedy = "raise --num_images, or add images" if row.candidates is None else "leave out --candidates mmeb"
+        message = f"{row.name}: {paths[alone[0].item()]} has no other caption to lose to"
+        fail(f"{message} (captions with the same first {length} tokens are equal). R@1 needs different ones: {remedy}")
+    return row
+
+
+def count_candidates(row):
+    """Return how many captions each image is ranked among, its own and the wrong ones: (N,)."""
+    starts = range(0, len(row.right), RANKED_AT_ONCE)
+    return torch.cat([1 + row.wrong_captions(slice(at, at + RANKED_AT_ONCE)).sum(1) for at in starts])
+
+
+def print_cut_captions(row):
+    """Print how many captions are longer than a row's tokens."""
     length = row.clip.tokenizer(row.captions[:1]).shape[1]
-    tokens, whole = (row.clip.tokenizer(row.captions, context_length=size) for size in (length, 8 * length))
+    whole = row.clip.tokenizer(row.captions, context_length=8 * length)
     padding = whole[0, -2]  # the last token may be a special one
-    cut = ((whole != padding).sum(1) > (tokens != padding).sum(1)).sum().item()
-    if cut:
+    if cut := ((whole != padding).sum(1) > length).sum().item():
         print(f"{row.name}: {cut} of {len(row.captions)} captions are longer than its {length} tokens and are cut")
-    _, groups = tokens.unique(dim=0, return_inverse=True)
-    equal = groups[None] == groups[row.own][:, None]  # (N, M)
-    equal.scatter_(1, row.own[:, None], False)
-    return replace(row, allowed=row.allowed & ~equal)
 
 
 def encode_row(row, pixels, seed):
@@ -357,47 +397,49 @@ def encode_row(row, pixels, seed):
 def score(row, pixels, seed, gallery=None):
     """Score every image against every caption: similarity, margin over the hardest other caption, ranks from 0; (N,).
 
-    gallery   clean_gallery(row): text to image, each of these images is then looked for among clean other ones; without
-              it, among each other
+    gallery   features of other images (N, D), among which each of these is looked for, text to image; by default they
+              are looked for among each other
 
     For a defence with random draws the cosines are means over SCORE_DRAWS of them.
     """
-    features = encode_row(row, pixels, seed)
-    cosines = (features @ row.clip.encode_text(row.captions).T).cpu()  # (N, M)
-    own = row.own[:, None]
-    similarity = cosines.gather(1, own)  # (N, 1)
-    others = cosines.masked_fill(~row.allowed, -torch.inf).scatter(1, own, -torch.inf)
-    by_caption = cosines[:, own[:, 0]].T if gallery is None else gallery  # (N, N): row i is caption i with every image
-    other_images = by_caption.clone().fill_diagonal_(-torch.inf)
-    return {
-        "similarity": similarity[:, 0].numpy(),
-        "margin": (similarity[:, 0] - others.amax(1)).numpy(),
-        "rank_i2t": (others >= similarity).sum(1).numpy(),  # ties count against the model
-        "rank_t2i": (other_images >= similarity).sum(1).numpy(),
-    }
-
-
-def clean_gallery(row, seed):
-    """Return the cosines of each image's own caption (row) with every clean image (column): (N, N)."""
-    features = encode_row(row, row.pixels, seed)
-    return (row.clip.encode_text([row.captions[i] for i in row.own]) @ features.T).cpu()
+    features, text_features = encode_row(row, pixels, seed), row.clip.encode_text(row.captions)
+    gallery, parts = features if gallery is None else gallery, []
+    for start in range(0, len(features), RANKED_AT_ONCE):
+        here = slice(start, start + RANKED_AT_ONCE)
+        own = row.own[here, None].to(features.device)
+        cosines = features[here] @ text_features.T  # (B, M)
+        similarity = cosines.gather(1, own)  # (B, 1)
+        others = cosines.masked_fill(~row.wrong_captions(here).to(own.device), -torch.inf)
+        images = text_features[own[:, 0]] @ gallery.T  # (B, N)
+        other_images = images.masked_fill(~row.wrong_images(here).to(own.device), -torch.inf)
+        part = {
+            "similarity": similarity[:, 0],
+            "margin": similarity[:, 0] - others.amax(1),
+            "rank_i2t": (others >= similarity).sum(1),  # ties count against the model
+            "rank_t2i": (other_images >= similarity).sum(1),
+        }
+        parts.append({key: values.cpu().numpy() for key, values in part.items()})
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def row_loss(attack, row):
     """Return the loss of an attack on a whole defence, as attack_images() takes it."""
     text_features = row.clip.encode_text(row.captions)
-    own, allowed = row.own[:, None].to(row.clip.device), row.allowed.to(row.clip.device)
+    own = row.own[:, None].to(row.clip.device)
 
     def loss(encode_image, here):
         # random draws are made anew in each step: the momentum averages over them, too
         defended = row.defended_encoder(encode_image, attack.seed or 0, differentiable_jpeg, here, ATTACK_DRAWS)
+        if attack.loss == "cosine":
+            return common.own_caption(text_features[own[:, 0]], defended, here)
+        wrong = row.wrong_captions(here).to(row.clip.device)  # (B, M)
 
         def margin(images):  # the lead of the hardest other caption over the own one
             cosines = defended(images) @ text_features.T  # (B, M)
-            others = cosines.masked_fill(~allowed[here], -torch.inf).scatter(1, own[here], -torch.inf)
+            others = cosines.masked_fill(~wrong, -torch.inf)
             return others.amax(1) - cosines.gather(1, own[here])[:, 0]
 
-        return margin if attack.loss == "margin" else common.own_caption(text_features[own[:, 0]], defended, here)
+        return margin
 
     return loss
 
@@ -467,11 +509,12 @@ class Measured:
     lowest: torch.Tensor  # uint8 (N, 3, H, W), of each image the attacked one of the lowest cosine
     ranks: list  # of the own caption, for lowest
     outranked: dict  # {index: (pixels, cosine, rank)} where only another attacked image loses its own caption
+    chance: float  # R@1 of a random ranking
 
 
 def measure(row, attack, starts, seed, run=None):
     """Measure one row under every condition."""
-    gallery = clean_gallery(row, seed)
+    gallery = encode_row(row, row.pixels, seed)  # one attacked image stands among clean ones
     clean, transfer = (score(row, pixels, seed, gallery) for pixels in (row.pixels, row.transfer))
     print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
     given = attack, row_loss(attack, row), row.pixels, row.clip, row.transfer, row.name
@@ -496,7 +539,8 @@ def measure(row, attack, starts, seed, run=None):
     conditions = {"clean": clean, "transfer": transfer, "white_box": worst}
     every_image = np.arange(len(row.pixels))
     lowest, lowest_ranks = images[by_cosine, every_image], ranks[by_cosine, every_image].tolist()
-    return Measured(conditions, precision, convergence, common.sum_health(healths), lowest, lowest_ranks, outranked)
+    health, chance = common.sum_health(healths), (1 / count_candidates(row)).mean().item()
+    return Measured(conditions, precision, convergence, health, lowest, lowest_ranks, outranked, chance)
 
 
 def save_white_box(folder, measured, examples):
@@ -547,8 +591,11 @@ def mean_worst(scored):
 
 
 def improvement(clean, adversarial, clean_0, adversarial_0):
-    """Return the share of the original's drop that a defence takes away: 1 - (clean - adv) / (clean_0 - adv_0)."""
-    return 1 - (clean - adversarial) / (clean_0 - adversarial_0)
+    """Return the share of the original's drop that a defence takes away: 1 - (clean - adv) / (clean_0 - adv_0).
+
+    None where the original does not drop.
+    """
+    return None if clean_0 == adversarial_0 else 1 - (clean - adversarial) / (clean_0 - adversarial_0)
 
 
 def interval(values, seed):
@@ -566,9 +613,14 @@ def wilson(count, n):
 
 
 def improvement_interval(lost, lost_0, seed):
-    """Return the 95 % bootstrap interval of 1 - mean(lost) / mean(lost_0), both over the same draws of images."""
+    """Return the 95 % bootstrap interval of 1 - mean(lost) / mean(lost_0), both over the same draws of images.
+
+    None where the original loses nothing in one of the draws.
+    """
     lost, lost_0, rng = np.asarray(lost, float), np.asarray(lost_0, float), np.random.default_rng(seed)
     draws = [rng.integers(len(lost), size=(100, len(lost))) for _ in range(100)]
+    if any((lost_0[d].mean(1) == 0).any() for d in draws):
+        return None
     return np.quantile([1 - lost[d].mean(1) / lost_0[d].mean(1) for d in draws], [0.025, 0.975]).tolist()
 
 
@@ -601,7 +653,8 @@ def summarise(per_seed, seed, original=None):
         rates = [success_rate(conditions["clean"], conditions[name]) for conditions in per_seed]
         summary[f"{name}_success_rate"] = None if None in rates else float(np.mean(rates))
         clean, adversarial = summary["clean_similarity"], summary[f"{name}_similarity"]
-        summary[f"{name}_drop"] = (clean - adversarial) / clean  # above 1 when the similarity turns negative
+        # above 1 when the similarity turns negative
+        summary[f"{name}_drop"] = (clean - adversarial) / clean if clean else None
         if original:
             before = [original[kind]["similarity"] for kind in ("clean", name)]
             means = (float(values.mean()) for values in before)
@@ -621,6 +674,7 @@ def summarise_rows(record, specs, seed):
     """Return {row: its summary} in the table's order.
 
     per_seed        {name: summary} of a row with several seeds
+    above_chance    whether its clean R@1 is above that of a random ranking; else it has no improvement
     not_converged   whether more steps lower its white-box cosine by more than TOLERANCE, with any seed; see fall_of()
     fall, steps     the largest such fall; the steps of the attack
     """
@@ -633,6 +687,11 @@ def summarise_rows(record, specs, seed):
         rows[row] = summarise([record["per_image"][name] for name in members], seed, compared)
         seeds = members if len(members) > 1 else []
         rows[row]["per_seed"] = {name: summarise([record["per_image"][name]], seed, compared) for name in seeds}
+        chance = float(np.mean([record["chance"][name] for name in members]))
+        rows[row] |= {"chance": chance, "above_chance": rows[row]["clean_recall_i2t@1_interval"][0] > chance}
+        if not (rows[row]["above_chance"] and rows["original"]["above_chance"]):
+            for summary in (rows[row], *rows[row]["per_seed"].values()):
+                summary |= {key: None for key in summary if key.startswith("improvement")}
         fall = max(fall_of(record, name) for name in members)
         checks = [check for name in members for check in record["sanity"].get(name, {}).get("checks", [])]
         unfinished = any(result == NOT_CONVERGED for _, result, _ in checks)
@@ -655,11 +714,15 @@ def compare_rows(record, seed):
     """Compare every two rows on the same images: differences of white-box similarity and R@1, with 95 % intervals.
 
     Two rows are separated in similarity if the interval excludes zero by more than what more steps still take from
-    either, and if no seed of the one lies among the seeds of the other.
+    either, and if no seed of the one lies among the seeds of the other. Where one of them is not above chance, all
+    figures are None.
     """
-    pairs = []
+    pairs, figures = [], ["similarity", "similarity_interval", "recall_i2t@1", "recall_i2t@1_interval", "separated"]
     for names in itertools.combinations(record["rows"], 2):
         rows = [record["rows"][name] for name in names]
+        if not all(row["above_chance"] for row in rows):
+            pairs.append({"rows": [*names]} | dict.fromkeys(figures))
+            continue
         similarities, recalls = [], []  # of each row
         for row in rows:
             members = [record["per_image"][name]["white_box"] for name in row["members"]]
@@ -778,15 +841,16 @@ def marks_of(record):
             health, checks = record["health"][member], record["sanity"].get(member, {}).get("checks", [])
             failed |= health["images_with_zero_gradients"] + health["images_with_nonfinite_values"] > 0
             failed |= any(result == FAIL for _, result, _ in checks)
-        marks[name] = " (!)" * failed + " (?)" * (row["clean_recall_i2t@1"] < least) + " (*)" * bool(row["note"])
+        doubtful = row["clean_recall_i2t@1"] < least or not row["above_chance"]
+        marks[name] = " (!)" * failed + " (?)" * doubtful + " (*)" * bool(row["note"])
     return marks
 
 
 MARKS = {
     "(!)": "its attack met gradients that vanish or are not finite, or it fails a sanity check: do not trust its "
     "white-box figures.",
-    "(?)": "clean R@1 is under a third of the original's. Look for a configuration without the quick_gelu that the "
-    "weights want, weights of another model, or captions that its text tower does not know.",
+    "(?)": "clean R@1 is under a third of the original's, or not above chance. Look for a configuration without the "
+    "quick_gelu that the weights want, weights of another model, or captions that its text tower does not know.",
 }
 
 
@@ -799,8 +863,12 @@ def report_of(record):
 
 def notes_on(record, marks, shown=str):
     """Return the notes under a table: what is not separated or not converged, of how many seeds, the marks."""
-    pairs = [" ~ ".join(map(shown, pair["rows"])) for pair in record["paired"] if not pair["separated"]]
-    notes = [f"Not separated in white-box cosine: {'; '.join(pairs) or 'none, every pair differs'}."]
+    pairs = [" ~ ".join(map(shown, pair["rows"])) for pair in record["paired"] if pair["separated"] is False]
+    at_chance = [shown(name) for name, row in record["rows"].items() if not row["above_chance"]]
+    if not pairs and not all(pair["separated"] is None for pair in record["paired"]):
+        pairs = [f"none, every {'other ' if at_chance else ''}pair differs"]
+    pairs += [f"pairs with {name}: -" for name in at_chance]
+    notes = [f"Not separated in white-box cosine: {'; '.join(pairs) or '-'}."]
     falls = [f"{shown(name)} {row['fall']:.3f}" for name, row in record["rows"].items() if row["not_converged"]]
     if falls:
         what = "<= marks an attack that has not converged: more steps lower the mean cosine of some images further"
@@ -816,9 +884,9 @@ def notes_on(record, marks, shown=str):
 
 
 def range_of(row, key):
-    """Return the lowest and highest of a figure over the seeds of a row, or None."""
+    """Return the lowest and highest of a figure over the seeds of a row; None of none, or where it does not exist."""
     values = [summary[key] for summary in row["per_seed"].values()]
-    return (min(values), max(values)) if values else None
+    return (min(values), max(values)) if values and None not in values else (None, None)
 
 
 def console_table(record):
@@ -879,9 +947,9 @@ image's mean, and in parentheses the lowest and highest seed. transfer: attacked
 the worst for each image of the transferred one and of momentum PGD on the defence itself, under the cosine loss and,
 where the own caption still comes first, under the margin loss; for JPEG through a differentiable codec. improvement:
 the share of the original model's drop that the defence takes away. R@1: image to text / text to image, where one
-attacked image stands among clean ones. success: own caption no longer first, of the images whose own caption was first
-when clean. training: wall time of one, offline images included. A model of another input size is attacked in its own
-pixels; the transferred images reach it as files do, through its own preprocessing."""
+attacked image stands among clean ones; equal captions are right, too. success: own caption no longer first, of the
+images whose own caption was first when clean. training: wall time of one, offline images included. A model of another
+input size is attacked in its own pixels; the transferred images reach it as files do, through its own preprocessing."""
 
 
 def radius_curves(record):
@@ -928,10 +996,10 @@ def markdown_table(record):
             """A figure with its interval, and its range over the seeds."""
             if row.get(key) is None:
                 return "-"
-            low, high = (form(value) for value in row[f"{key}_interval".replace("_similarity", "")])
-            ends = range_of(row, key)
-            seeds = f" ({form(ends[0])} to {form(ends[1])})" if ends else ""
-            return f"{bound}{form(row[key])} [{low}, {high}]{seeds}"
+            interval, (lowest, highest) = row[f"{key}_interval".replace("_similarity", "")], range_of(row, key)
+            inside = f" [{', '.join(map(form, interval))}]" if interval else ""
+            seeds = f" ({form(lowest)} to {form(highest)})" if lowest is not None else ""
+            return f"{bound}{form(row[key])}{inside}{seeds}"
 
         for kind in CONDITIONS:
             cells.append(cell(f"{kind}_similarity", "{:.3f}".format, bound if kind == "white_box" else ""))
@@ -1077,15 +1145,18 @@ def draw_curves(path, curves, count):
 
 
 # of metrics.json, each {name: ...}
-MEASURED = ["keys", "per_image", "precision", "convergence", "health", "sanity", "radii"]
+MEASURED = ["keys", "per_image", "precision", "chance", "convergence", "health", "sanity", "radii"]
 OPTIONAL = ["sanity", "radii"]  # of these what --sanity and --radii ask for
 OPTIONAL_PARTS = {"sanity": "sanity", "radii": "radii", "radii code": "radii"}  # part of a row's key -> what it is for
 
 
 def main(args):
+    rows, clip = common.load_rows(args, "eval"), load_clip(args).to("cpu")  # the scripts that run first need the device
+    candidates = load_candidates(args.candidates, rows)
+    forgive_equal_captions(Row("original", clip, None, None, *candidates), rows["path"])  # ends before the first attack
     if args.reproduce:
         reproduce(args)
-    rows, folder = common.load_rows(args, "eval"), common.adversarial_folder(args, "eval")
+    folder = common.adversarial_folder(args, "eval")
     specs = list_rows(args)
     code = common.code_checksums(__file__, "Row", "measure", "load_row", "load_candidates", "row_attack")
     run = common.Run(args, code, rows, extends=ROW_FLAGS)
@@ -1105,9 +1176,8 @@ def main(args):
         print(console_table(run.previous))
         return
 
-    clip = load_clip(args)
     if missing:
-        measure_rows(args, run, record, specs, keys, missing, clip, rows, folder)
+        measure_rows(args, run, record, specs, keys, missing, clip.to(clip.device), rows, folder)
     for kind in MEASURED:  # in the order of the table
         record[kind] = {name: record[kind][name] for name in specs if name in record[kind]}
     record["rows"] = summarise_rows(record, specs, args.seed)
@@ -1164,11 +1234,14 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
     check_leakage("original", clip, examples)
     transfer = common.load_adversarial(folder, examples, args)
     original = Row("original", clip, examples[:]["pixels"], transfer, *load_candidates(args.candidates, examples))
-    loaded = {None: forgive_equal_captions(original)}  # {source: a row}; rows behind JPEG share a model
+    original = forgive_equal_captions(original, examples["path"])
+    loaded = {None: original}  # {source: a row}; rows behind JPEG share a model
     for name in missing:
         if specs[name].source not in loaded:
             row = loaded[specs[name].source] = load_row(args, name, specs[name], original, examples)
             row.clip.to("cpu")
+    for row in loaded.values():
+        print_cut_captions(row)
 
     unmeasured = [name for name in missing if name not in record["per_image"]]
     checks = 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # attacks per image in sanity(); five times the steps count as five
@@ -1191,7 +1264,7 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
             measured = measure(row, attack, args.restarts, args.seed, run)
             record["per_image"][name], record["health"][name] = measured.conditions, measured.health
             record["convergence"][name] = measured.convergence
-            record["precision"][name] = measured.precision
+            record["precision"][name], record["chance"][name] = measured.precision, measured.chance
             if not common.RANK:
                 save_white_box(run.dir / "white_box" / image_folder(name), measured, examples)
             if name == "original":

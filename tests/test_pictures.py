@@ -137,10 +137,10 @@ def test_cocos_captions_give_five_captions_an_image_of_which_none_is_wrong(tmp_p
     examples = examples_of(eval_flags(tmp_path, file))
     assert examples["coco_id"][:] == [1000, 1001, 1002, 1003] and examples["name"][0] == f"{1000:012d}"
     assert examples["caption"][0] == "Caption 0 of 1000." and len(examples["captions"][0]) == 5
-    captions, own, allowed = evaluate.load_candidates("evaluation", examples)
-    assert len(captions) == 20 and [captions[i] for i in own] == examples["caption"][:]
-    for row, of_it in zip(allowed.tolist(), examples["captions"]):
-        assert [caption for caption, may in zip(captions, row) if not may] == of_it[1:]
+    row = evaluate.Row("x", None, None, None, *evaluate.load_candidates("evaluation", examples))
+    assert len(row.captions) == 20 and [row.captions[i] for i in row.own] == examples["caption"][:]
+    for wrong, of_it in zip(row.wrong_captions(slice(None)).tolist(), examples["captions"]):
+        assert [caption for caption, is_wrong in zip(row.captions, wrong) if not is_wrong] == of_it
     (tmp_path / "elsewhere").mkdir()
     (file.parent / "val2017").rename(tmp_path / "elsewhere" / "val2017")
     args = eval_flags(tmp_path, file, "--image_root", f"train={tmp_path}/cache", f"eval={tmp_path}/elsewhere")
@@ -197,11 +197,13 @@ def test_captions_that_a_tokenizer_cuts_to_the_same_are_not_each_others_wrong_an
     long = "a red ring above a blue star " * 20
     captions = ["A ring.", f"{long} here", f"{long} there", "A star."]
     clip = SimpleNamespace(tokenizer=open_clip.SimpleTokenizer(context_length=32))
-    row = evaluate.Row("x", clip, None, None, captions, torch.arange(4), torch.ones(4, 4, dtype=torch.bool))
-    allowed = evaluate.forgive_equal_captions(row).allowed
-    expected = torch.ones(4, 4, dtype=torch.bool)
+    row = evaluate.Row("x", clip, None, None, captions, torch.arange(4)[:, None], None, torch.arange(4))
+    row = evaluate.forgive_equal_captions(row, captions)
+    expected = ~torch.eye(4, dtype=torch.bool)
     expected[1, 2] = expected[2, 1] = False
-    assert torch.equal(allowed, expected)
+    assert torch.equal(row.wrong_captions(slice(None)), expected)
+    assert torch.equal(row.wrong_images(slice(None)), expected)
+    evaluate.print_cut_captions(row)
     assert "2 of 4 captions are longer than its 32 tokens and are cut" in capsys.readouterr().out
 
 

@@ -1,13 +1,27 @@
 """What the table says of whom, which captions are wrong answers, what a folder of figures keeps and whom it refuses."""
 
+import json
+import math
 import re
 import shlex
 import shutil
+import zipfile
+from itertools import chain
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import jsonl, metrics, shell
+import torch
+from conftest import TINY, jsonl, metrics, shell
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import common
+import evaluate
 
 SMALL = ["--preset", "smoke", "--num_images", 8, "--steps", 1]
 TRAINING = ["--batch_size", 4, "--val_images", 2]
@@ -18,6 +32,153 @@ TABLE = ["evaluate.py", "--preset", "smoke", "--num_images", 4, "--steps", 1, "-
 def cache(tmp_path_factory):
     """--cache_dir of all tests here."""
     return ["--cache_dir", tmp_path_factory.mktemp("cache")]
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """The bundled evaluation images: [(path, its caption)]."""
+    (file,) = (TINY / "MMEB-eval" / "MSCOCO_i2t").glob("*.parquet")
+    return [(row["qry_img_path"], row["tgt_text"][0]) for row in pq.read_table(file).to_pylist()]
+
+
+def own_pictures(folder, scenes, captions):
+    """A folder of the first scenes with these captions, each a list or one; returns --eval_data and it."""
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(TINY / "MMEB-eval" / "images.zip") as archive:
+        for number, (path, _) in zip(range(len(captions)), scenes):
+            (folder / f"{number}.jpg").write_bytes(archive.read(path))
+    lines = [{"file_name": f"{number}.jpg", "text": texts} for number, texts in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return ["--eval_data", folder]
+
+
+# Captions and chance
+
+LONG = "a red ring above a blue star " * 6
+
+
+def mmeb_pictures(folder, scenes, candidates):
+    """A copy of MMEB of the first scenes, with these candidates; returns --eval_data and it."""
+    (folder / "MSCOCO_i2t").mkdir(parents=True)
+    columns = {"qry_text": [""] * len(candidates), "qry_img_path": [path for path, _ in scenes[: len(candidates)]]}
+    columns |= {"tgt_text": candidates, "tgt_img_path": [[""]] * len(candidates)}
+    pq.write_table(pa.table(columns), folder / "MSCOCO_i2t" / "test-00000-of-00001.parquet")
+    shutil.copy(TINY / "MMEB-eval" / "images.zip", folder)
+    return ["--eval_data", folder, "--candidates", "mmeb"]
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "mmeb"])
+def test_ranks_are_those_of_the_plain_way_with_no_equal_caption_as_a_wrong_answer(
+    kind, tmp_path, scenes, cache, monkeypatch
+):
+    own = [caption for _, caption in scenes[:9]]
+    captions = [[own[i], f"Scene {i}.", own[i].upper(), "a star"] for i in range(9)]
+    captions[2][0] = captions[5][0] = captions[7][1] = "A ring."  # equal ones, of two pictures first and of one not
+    captions[3][0], captions[4][0] = f"{LONG} here", f"{LONG} there"  # equal once they are cut
+    candidates = [list(chain(*captions))] * 9
+    if kind == "mmeb":
+        captions = [texts[:1] for texts in captions]
+        candidates = [[*captions[i], *own[: i + 1], "a RING.", LONG] for i in range(9)]
+    if kind == "evaluation":
+        data = own_pictures(tmp_path / "data", scenes, captions)
+    else:
+        data = mmeb_pictures(tmp_path / "data", scenes, candidates)
+    monkeypatch.setattr(evaluate, "RANKED_AT_ONCE", 4)
+    words = [*TABLE[1:], *data, "--num_images", 9, *cache, "--trainings", "--output_dir", tmp_path / "table"]
+    with patch("matplotlib.figure.Figure.savefig"), patch("matplotlib.figure.Figure.tight_layout"):
+        evaluate.main(evaluate.parse_args([str(word) for word in words]))
+
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{TINY / 'clip'}")
+    tokenizer, normalise = open_clip.get_tokenizer(f"local-dir:{TINY / 'clip'}"), preprocess.transforms[-1]
+    entries = jsonl(tmp_path / "adversarial_eval" / "metadata.jsonl")
+    attacked = [Image.open(tmp_path / "adversarial_eval" / entry["file_name"]) for entry in entries]
+    attacked = torch.stack([normalise(torch.tensor(np.array(image)).permute(2, 0, 1) / 255) for image in attacked])
+    with zipfile.ZipFile(TINY / "MMEB-eval" / "images.zip") as archive:
+        clean = torch.stack([preprocess(Image.open(archive.open(path))) for path, _ in scenes[:9]])
+
+    def tokens(caption):
+        return tuple(tokenizer([caption])[0].tolist())
+
+    with torch.no_grad():
+        clean, attacked = (model.eval().encode_image(images, normalize=True) for images in (clean, attacked))
+        texts = {caption: model.encode_text(tokenizer([caption]), normalize=True)[0] for caption in chain(*candidates)}
+    right = [{tokens(caption) for caption in each} for each in captions]
+    for condition, features in {"clean": clean, "transfer": attacked}.items():
+        found = metrics(tmp_path / "table")["per_image"]["original"][condition]
+        for i, image in enumerate(features):
+            first = texts[captions[i][0]]
+            cosines = [image @ texts[caption] for caption in {*candidates[i]} if tokens(caption) not in right[i]]
+            assert found["rank_i2t"][i] == sum(cosine >= image @ first for cosine in cosines)
+            others = [clean[j] for j in range(9) if tokens(captions[i][0]) not in right[j]]
+            assert found["rank_t2i"][i] == sum(other @ first >= image @ first for other in others)
+            assert len(others) == (6 if i in (2, 5) and kind == "evaluation" else 7 if i in (2, 3, 4, 5) else 8)
+
+
+ALONE = {  # captions of three pictures -> the first picture that has no other caption to lose to
+    "all are equal": (["a star", "A star", "a star"], "0.jpg"),
+    "all are equal once they are cut": ([f"{LONG} {i}" for i in range(3)], "0.jpg"),
+    "all are right for one picture": (["a star", ["a ring", "a star", "a dot"], ["a star", "a dot"]], "1.jpg"),
+}
+
+
+@pytest.mark.parametrize("why", ALONE)
+def test_an_image_without_another_caption_to_lose_to_is_named_before_the_first_attack(
+    why, tmp_path, scenes, cache, monkeypatch
+):
+    captions, name = ALONE[why]
+    data = own_pictures(tmp_path / "mine", scenes, captions)
+    monkeypatch.setattr(common, "pgd", pytest.fail)
+    words = [*TABLE, *data, *cache, "--reproduce", "--output_dir", tmp_path / "out" / "table"]
+    _, line = shell(*words, "--num_images", 3, code=2)
+    assert f"{name} has no other caption to lose to" in line and line.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_candidates_of_mmeb_that_hold_no_wrong_caption_are_refused_and_the_remedy_works(tmp_path, scenes, cache):
+    data = mmeb_pictures(tmp_path / "data", scenes, [[caption] for _, caption in scenes[:3]])
+    words = [*TABLE, *cache, "--num_images", 3, "--trainings", "--output_dir", tmp_path / "table"]
+    assert "leave out --candidates mmeb" in shell(*words, *data, code=2)[1]
+    shell(*words, *data[:2])
+
+
+def test_a_figure_that_does_not_exist_is_null_in_the_file_and_a_dash_in_the_table(tmp_path, cache, monkeypatch):
+    """Where the attack moves no image, the original has no drop that a defence could take away."""
+
+    def unmoved(loss_fn, images, *_, **__):
+        none = torch.zeros(len(images), dtype=torch.bool)
+        return images, {"images_with_zero_gradients": none, "images_with_nonfinite_values": none}
+
+    monkeypatch.setattr(common, "pgd", unmoved)
+    printed, _ = shell(*TABLE, 50, *cache, "--trainings", "--output_dir", tmp_path / "table")
+    row = metrics(tmp_path / "table")["rows"]["JPEG 50"]
+    for kind in ("improvement_transfer", "improvement_white_box"):
+        assert row[kind] is row[f"{kind}_interval"] is None
+    assert re.search(r"JPEG 50 +0\.\d+ +0\.\d+ +0\.\d+ +- +- +1\.00", printed)
+    with pytest.raises(ValueError):  # and what slips through is not written
+        common.save(tmp_path / "figures.json", {"margin": math.inf})
+    assert not (tmp_path / "figures.json").exists()
+
+
+@pytest.mark.parametrize("at_chance", ["original", "x"])
+def test_a_row_that_is_not_above_chance_is_marked_and_has_no_improvement(at_chance, tmp_path, cache):
+    words = [*TABLE, 50, *cache, "--num_images", 12, "--trainings", "--output_dir", tmp_path / "table"]
+    if at_chance == "original":
+        words += ["--pretrained", "random", "--seed", 1]
+    else:
+        state = load_file(TINY / "clip" / "open_clip_model.safetensors")
+        state = {key: torch.randn_like(value) if "visual" in key else value for key, value in state.items()}
+        save_file(state, tmp_path / "x.safetensors")
+        words += ["--checkpoint", f"x={tmp_path / 'x.safetensors'}"]
+    printed, _ = shell(*words)
+    record, blind = metrics(tmp_path / "table"), [at_chance] if at_chance == "x" else ["original", "JPEG 50"]
+    for name, row in record["rows"].items():
+        assert (f"\n{name} (?) " in printed) == (name in blind) == (row["clean_recall_i2t@1_interval"][0] <= 1 / 12)
+        assert (row.get("improvement_white_box") is None) == (name in (*blind, "original"))
+    for pair in record["paired"]:
+        assert (pair["separated"] is None) == (pair["similarity"] is None) == bool({*pair["rows"]} & {*blind})
+    said = " ".join(printed.split())
+    assert "every pair differs" not in said and "not above chance" in said
+    assert all(f"pairs with {name}: -" in said for name in blind)
 
 
 # Trainings and the rows that they make

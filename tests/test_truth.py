@@ -199,7 +199,7 @@ def test_the_margin_loss_is_the_retrieval_failure_itself(setup):
 
 
 def test_scores_on_a_hand_made_ranking(setup):
-    candidates = {"captions": ["a", "b", "c"], "own": torch.arange(3), "allowed": torch.ones(3, 3, dtype=torch.bool)}
+    candidates = {"captions": ["a", "b", "c"], "right": torch.arange(3)[:, None], "equal": torch.arange(3)}
     features = F.normalize(torch.tensor([[3.0, 1, 0], [4, 3, 0], [4, 0, 3]]), dim=1)
     row = planted(setup, clip=copy.copy(setup.row.clip), after=lambda _: features, **candidates)
     row.clip.encode_text = lambda texts: torch.eye(3)[: len(texts)]
@@ -208,7 +208,7 @@ def test_scores_on_a_hand_made_ranking(setup):
     assert scored["rank_t2i"].tolist() == [0, 0, 0]  # each caption prefers its own image
     np.testing.assert_allclose(scored["similarity"], features.diagonal())
     assert scored["margin"][1] == pytest.approx(0.6 - 0.8)
-    row.allowed[1, 0] = False  # what is no candidate does not count
+    row.candidates = torch.tensor([[0, 1, 2], [1, 2, 1], [2, 0, 1]])  # what is no candidate does not count
     assert evaluate.score(row, row.pixels[:3], 0)["rank_i2t"].tolist() == [0, 0, 1]
     row.after = lambda _: torch.ones(3, 3)  # collapsed: ties count against the model
     scored = evaluate.score(row, row.pixels[:3], 0)
@@ -218,16 +218,15 @@ def test_scores_on_a_hand_made_ranking(setup):
 def test_an_attacked_image_is_looked_for_among_clean_ones(setup):
     """Where all images of the gallery are attacked at once, the model looks better than it is."""
     row = setup.row
-    gallery = evaluate.clean_gallery(row, 0)
-    text_features = row.clip.encode_text([row.captions[i] for i in row.own])
-    torch.testing.assert_close(gallery[1, 2], row.clip.encode_pixels(row.pixels[2:3])[0] @ text_features[1])
+    gallery = evaluate.encode_row(row, row.pixels, 0)
+    cosines = row.clip.encode_text([row.captions[i] for i in row.own]) @ gallery.T
     clean, alone, together = (evaluate.score(row, *given) for given in (
         (row.pixels, 0, gallery), (row.transfer, 0, gallery), (row.transfer, 0)
     ))  # fmt: skip
     assert (clean["rank_t2i"] == evaluate.score(row, row.pixels, 0)["rank_t2i"]).all()
     assert alone["rank_t2i"].mean() > together["rank_t2i"].mean()
     for i, similarity in enumerate(alone["similarity"]):
-        others = np.delete(gallery[i].numpy(), i)
+        others = np.delete(cosines[i].numpy(), i)
         assert alone["rank_t2i"][i] == (others >= similarity).sum()
 
 
@@ -254,7 +253,7 @@ def test_a_gradient_that_vanished_marks_its_row_whatever_the_checks_say():
     record = {"rows": {}, "health": {}, "sanity": {}}
     health = {"images_with_zero_gradients": 0, "images_with_nonfinite_values": 0}
     for name, wrong in {"original": {}, "a": {"images_with_zero_gradients": 1}, "b": {}}.items():
-        record["rows"][name] = {"members": [name], "clean_recall_i2t@1": 1, "note": None}
+        record["rows"][name] = {"members": [name], "clean_recall_i2t@1": 1, "above_chance": True, "note": None}
         record["health"][name] = health | wrong
         record["sanity"][name] = {"checks": [["it holds", "FAIL" if name == "b" else "PASS", ""]]}
     assert evaluate.marks_of(record) == {"original": "", "a": " (!)", "b": " (!)"}
@@ -270,9 +269,10 @@ def test_random_qualities_are_from_30_to_75_both_included():
 
 
 def test_mmeb_candidates_are_the_rows_own_lists(setup):
-    captions, own, allowed = evaluate.load_candidates("mmeb", setup.examples)
-    assert len(captions) == 120 and allowed.all()
-    assert [captions[i] for i in own] == setup.examples["caption"][:]
+    captions, right, candidates, _ = evaluate.load_candidates("mmeb", setup.examples)
+    assert len(captions) == 120 == candidates.shape[1]
+    assert [[captions[i] for i in each] for each in candidates] == setup.examples["texts"][:]
+    assert [captions[i] for i in right[:, 0]] == setup.examples["caption"][:]
 
 
 def test_random_jpeg_draws_differ_by_image_and_look_but_not_by_run_or_batch(setup, monkeypatch):
@@ -299,7 +299,7 @@ def test_random_jpeg_is_drawn_alike_in_whatever_batch_an_image_is_attacked(setup
 
 def table(values, falls=None):
     """A record of white-box cosines, {row: [those of each seed]}, and how far each row's attack is from converged."""
-    specs, record = {}, {"per_image": {}, "sanity": {}, "convergence": {}, "precision": {}}
+    specs, record = {}, {"per_image": {}, "sanity": {}, "convergence": {}, "precision": {}, "chance": {}}
     for row, seeds in values.items():
         for seed, cosines in enumerate(seeds):
             name = row if not seed else f"{row}, seed {seed}"
@@ -309,7 +309,7 @@ def table(values, falls=None):
             specs[name] = evaluate.Spec(row, seconds=1.0)
             record["per_image"][name] = {"clean": clean, "transfer": attacked, "white_box": attacked}
             record["convergence"][name] = {"steps": 10, "fall": (falls or {}).get(row, 0)}
-            record["precision"][name] = {"precision": "fp32"}
+            record["precision"][name], record["chance"][name] = {"precision": "fp32"}, 1 / len(cosines)
     record["rows"] = evaluate.summarise_rows(record, specs, 0)
     pairs = {tuple(pair["rows"]): pair for pair in evaluate.compare_rows(record, 0)}
     return record["rows"], pairs

@@ -34,14 +34,14 @@ class Defence(torch.nn.Module):
         self.clip, self.encode_image, self.loss = row.clip, encode_image, loss
         self.text_features = row.clip.encode_text(row.captions)
         own = row.own[here].to(row.clip.device)
-        self.own, self.allowed = own, row.allowed[here].to(row.clip.device)
+        self.own, self.wrong = own, row.wrong_captions(here).to(row.clip.device)
         self.labels = own if loss == "dlr" else torch.zeros_like(own)
 
     def forward(self, images):
-        cosines = (self.encode_image(images) @ self.text_features.T).masked_fill(~self.allowed, -1)
-        if self.loss == "dlr":
-            return cosines
+        cosines = self.encode_image(images) @ self.text_features.T
         cosine = cosines.gather(1, self.own[:, None])
+        if self.loss == "dlr":
+            return cosines.masked_fill(~self.wrong, -1).scatter(1, self.own[:, None], cosine)
         return torch.cat([cosine, torch.zeros_like(cosine)], 1)
 
 
