@@ -30,7 +30,7 @@ import os
 import re
 import shutil
 import textwrap
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from eval_jpeg import differentiable_jpeg, jpeg, jpeg_quality, with_jpeg
 
 BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's backend would fail outside of it, and files need none
 import matplotlib.figure  # noqa: E402
+import matplotlib.font_manager  # noqa: E402
 import matplotlib.style  # noqa: E402
 
 if BACKEND:
@@ -1033,15 +1034,21 @@ def sanity_lines(record, shown=str):
 
 
 @contextmanager
-def drawn(path, size, *shape, spacing=None, **options):
-    """Yield the axes (rows, columns) of a figure, and save it; no matplotlibrc of the user's changes it.
+def drawn(path, size, texts, *shape, spacing=None, **options):
+    """Yield the axes (rows, columns) of a figure and texts as it can show them, and save it.
 
+    texts     captions or names: in one line each, with ? for what no font of this machine has
     spacing   of matplotlib's subplots_adjust(); without it the layout follows the texts
+
+    No matplotlibrc of the user's changes the figure.
     """
+    texts = [" ".join(text.split()) for text in texts]
+    fonts, missing = fonts_for({*"".join(texts)})
+    texts = [text.translate(dict.fromkeys(map(ord, missing), "?")) for text in texts]
     # captions and names are not formulas
-    with matplotlib.style.context(["default", {"text.parse_math": False}]):
+    with matplotlib.style.context(["default", {"text.parse_math": False, "font.family": fonts}]):
         figure = matplotlib.figure.Figure(size)
-        yield figure.subplots(*shape, squeeze=False, **options)
+        yield figure.subplots(*shape, squeeze=False, **options), texts
         if spacing:
             figure.subplots_adjust(**spacing)
         else:
@@ -1049,8 +1056,24 @@ def drawn(path, size, *shape, spacing=None, **options):
         figure.savefig(path, dpi=110)
 
 
+def fonts_for(characters):
+    """Return the names of fonts that have the characters, matplotlib's own first, and the characters that none has."""
+    fonts, missing = [], {*characters}
+    for name in dict.fromkeys(["DejaVu Sans", *(font.name for font in matplotlib.font_manager.fontManager.ttflist)]):
+        found = set()
+        if missing and "LastResort" not in name.replace(" ", ""):  # whose glyphs stand for missing ones
+            with suppress(OSError, RuntimeError):  # a damaged font
+                font = matplotlib.font_manager.get_font(matplotlib.font_manager.findfont(name))
+                found = {c for c in missing if c.isprintable() and font.scalable and font.get_char_index(ord(c))}
+        fonts += [name] if found or not fonts else []
+        missing -= found
+    return fonts, missing
+
+
 def draw_examples(path, row, pixels_adv, pixels_adv_jpeg):
     """Draw a few images clean, attacked, and through JPEG 30, with cosines and the caption that CLIP ranks first.
+
+    First is the own caption where the table counts it as right, else the wrong one with the highest cosine.
 
     pixels_adv        attacked without JPEG
     pixels_adv_jpeg   attacked through JPEG 30
@@ -1065,12 +1088,12 @@ def draw_examples(path, row, pixels_adv, pixels_adv_jpeg):
         "attacked through JPEG 30": jpeg(adv_jpeg, 30),
     }
     spacing = {"left": 0.01, "right": 0.99, "top": 1 - 0.12 / len(clean), "bottom": 0.3 / len(clean), "hspace": 0.62}
-    size = (10, 2.9 * len(clean))
-    with drawn(path, size, len(clean), len(columns), spacing=spacing) as axes, torch.no_grad():
-        text_features = clip.encode_text(row.captions)
+    size, shape = (10, 2.9 * len(clean)), (len(clean), len(columns))
+    with drawn(path, size, row.captions, *shape, spacing=spacing) as (axes, captions), torch.no_grad():
+        text_features, wrong = clip.encode_text(row.captions), row.wrong_captions(slice(None))
         for column, (title, images) in zip(axes.T, columns.items()):
             cosines = (clip.encode_image(images) @ text_features.T).cpu()  # (B, M)
-            first = cosines.argmax(1).tolist()
+            hardest, first = cosines.masked_fill(~wrong, -torch.inf).max(1)
             for i, (axis, image) in enumerate(zip(column, images)):
                 axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
@@ -1078,27 +1101,28 @@ def draw_examples(path, row, pixels_adv, pixels_adv_jpeg):
                     axis.set_xlabel(title, fontsize=8)
                     continue
                 cosine = cosines[i, row.own[i]]
-                caption = "own caption" if first[i] == row.own[i] else textwrap.shorten(row.captions[first[i]], 78)
-                colour = "#2a7a2a" if first[i] == row.own[i] else "#b02020"
+                right = cosine > hardest[i]
+                caption = "own caption" if right else textwrap.shorten(captions[first[i]], 78)
+                colour = "#2a7a2a" if right else "#b02020"
                 text = f"{title}: {cosine:+.2f}\n" + textwrap.fill(f"first: {caption}", 28)
                 axis.set_xlabel(text, fontsize=8, color=colour)
         for axis, own in zip(axes[:, 0], row.own):
-            axis.set_title(row.captions[own], fontsize=9, loc="left")
+            axis.set_title(captions[own], fontsize=9, loc="left")
 
 
 CONDITIONS = {"clean": ("clean", "#4c72b0"), "transfer": ("transfer", "#dd8452"), "white_box": ("white-box", "#c44e52")}
 
 
-def tick_labels(record):
-    """Return the rows' names for a figure; <= where the white-box attack has not converged."""
-    rows = record["rows"].items()
+def tick_labels(names, record):
+    """Return labels of the rows for a figure, of these names; <= where the white-box attack has not converged."""
+    rows = zip(names, record["rows"].values())
     return [textwrap.fill(name, 14) + ("\n(white-box <=)" if row["not_converged"] else "") for name, row in rows]
 
 
 def draw_cosines(path, record):
     """Draw the distribution of the images' cosines as violins, for each row and condition, all seeds together."""
     rows = record["rows"]
-    with drawn(path, (max(7, 1.3 * len(rows)), 4.4)) as ((axis,),):
+    with drawn(path, (max(7, 1.3 * len(rows)), 4.4), rows) as (((axis,),), names):
         for k, (condition, (label, colour)) in enumerate(CONDITIONS.items()):
             values = [
                 np.concatenate([record["per_image"][member][condition]["similarity"] for member in row["members"]])
@@ -1109,7 +1133,7 @@ def draw_cosines(path, record):
                 body.set(facecolor=colour, alpha=0.6)
             axis.plot(at, [np.median(each) for each in values], "o", color=colour, markersize=4, label=label)
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set_xticks(range(len(rows)), tick_labels(record), fontsize=9)
+        axis.set_xticks(range(len(rows)), tick_labels(names, record), fontsize=9)
         axis.set_ylabel(f"cosine with the own caption,\n{record['n']} images, dots: medians")
         axis.legend(ncols=3, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
 
@@ -1117,7 +1141,7 @@ def draw_cosines(path, record):
 def draw_table(path, record):
     """Draw the table's mean cosines as bars with their 95 % intervals, and the seeds as dots."""
     rows = record["rows"]
-    with drawn(path, (max(7, 1.3 * len(rows)), 4.4)) as ((axis,),):
+    with drawn(path, (max(7, 1.3 * len(rows)), 4.4), rows) as (((axis,),), names):
         for k, (condition, (label, colour)) in enumerate(CONDITIONS.items()):
             means = np.array([row[f"{condition}_similarity"] for row in rows.values()])
             low, high = np.array([row[f"{condition}_interval"] for row in rows.values()]).T
@@ -1127,7 +1151,7 @@ def draw_table(path, record):
                 seeds = [summary[f"{condition}_similarity"] for summary in row["per_seed"].values()]
                 axis.plot([x] * len(seeds), seeds, "k.", markersize=4)
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set_xticks(range(len(rows)), tick_labels(record), fontsize=9)
+        axis.set_xticks(range(len(rows)), tick_labels(names, record), fontsize=9)
         axis.set_ylabel("mean cosine with the own caption")
         axis.legend(ncols=3, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
 
@@ -1135,9 +1159,9 @@ def draw_table(path, record):
 def draw_curves(path, curves, count):
     """Draw similarity and R@1 against the radius: {row: [(grey levels, similarity, R@1)]}, over count images."""
     levels = sorted({point[0] for curve in curves.values() for point in curve})
-    with drawn(path, (10, 4), 1, 2) as (axes,):
+    with drawn(path, (10, 4), curves, 1, 2) as ((axes,), names):
         for k, (axis, label) in enumerate(zip(axes, ("mean cosine with the own caption", "image-to-text R@1")), 1):
-            for name, curve in curves.items():
+            for name, curve in zip(names, curves.values()):
                 axis.plot([levels.index(point[0]) for point in curve], [point[k] for point in curve], ".-", label=name)
             axis.set_xticks(range(len(levels)), [f"{level:.4g}" for level in levels])
             axis.set(xlabel=f"radius in grey levels (eps = x/255), {count} images", ylabel=label)

@@ -5,11 +5,13 @@ import math
 import re
 import shlex
 import shutil
+import warnings
 import zipfile
 from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
+import matplotlib.font_manager
 import numpy as np
 import open_clip
 import pyarrow as pa
@@ -17,6 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY, jsonl, metrics, shell
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -85,7 +91,7 @@ def test_ranks_are_those_of_the_plain_way_with_no_equal_caption_as_a_wrong_answe
         data = mmeb_pictures(tmp_path / "data", scenes, candidates)
     monkeypatch.setattr(evaluate, "RANKED_AT_ONCE", 4)
     words = [*TABLE[1:], *data, "--num_images", 9, *cache, "--trainings", "--output_dir", tmp_path / "table"]
-    with patch("matplotlib.figure.Figure.savefig"), patch("matplotlib.figure.Figure.tight_layout"):
+    with patch.object(Figure, "savefig"), patch.object(Figure, "tight_layout"):
         evaluate.main(evaluate.parse_args([str(word) for word in words]))
 
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{TINY / 'clip'}")
@@ -179,6 +185,67 @@ def test_a_row_that_is_not_above_chance_is_marked_and_has_no_improvement(at_chan
     said = " ".join(printed.split())
     assert "every pair differs" not in said and "not above chance" in said
     assert all(f"pairs with {name}: -" in said for name in blind)
+
+
+# Figures
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """The texts of the figures that are written, [(text, colour)]."""
+    found, savefig = [], Figure.savefig
+
+    def spy(figure, *args, **options):
+        savefig(figure, *args, **options)
+        found.extend((text.get_text(), text.get_color()) for text in figure.findobj(Text))
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return found
+
+
+def test_a_further_own_caption_is_right_in_the_examples_as_in_the_table(tmp_path, scenes, cache, texts):
+    captions = [[re.sub(" on a [a-z]+ background", "", caption), caption] for _, caption in scenes[:4]]
+    data = own_pictures(tmp_path / "mine", scenes, captions)
+    shell(*TABLE, *data, *cache, "--trainings", "--output_dir", tmp_path / "table", figures=True)
+    assert metrics(tmp_path / "table")["per_image"]["original"]["clean"]["rank_i2t"] == [0] * 4
+    shown = [text for text in texts if text[0].startswith("clean: ")]
+    assert len(shown) == 3 and all(text.endswith("first: own caption") for text, _ in shown)
+    assert {colour for _, colour in shown} == {"#2a7a2a"}
+
+
+def font_with(character, file):
+    """Write a font that has one character, a square."""
+    builder, pen = FontBuilder(1000, isTTF=True), TTGlyphPen(None)
+    for draw, point in ((pen.moveTo, (0, 0)), (pen.lineTo, (0, 700)), (pen.lineTo, (700, 700)), (pen.lineTo, (700, 0))):
+        draw(point)
+    pen.closePath()
+    glyph = pen.glyph()
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord(character): "square"})
+    builder.setupGlyf({".notdef": glyph, "square": glyph})
+    builder.setupHorizontalMetrics({".notdef": (800, 0), "square": (800, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(file)
+
+
+def test_figures_show_any_caption_without_a_warning(tmp_path, scenes, cache, texts, monkeypatch):
+    """A font of this machine has the characters, or ? stands for them."""
+    font_with("\u732b", tmp_path / "squares.ttf")
+    manager = matplotlib.font_manager.fontManager
+    monkeypatch.setattr(manager, "ttflist", [font for font in manager.ttflist if font.name.startswith("DejaVu")])
+    manager.addfont(tmp_path / "squares.ttf")
+    data = own_pictures(tmp_path / "mine", scenes, ["\u732b \u72ac", "a \U0001f408", "a\tb\x07 c\nd", "a star"])
+    state = TINY / "clip" / "open_clip_model.safetensors"
+    words = ["--trainings", "--checkpoint", f"\u72ac={state}", "--radii", "8/255", "--output_dir", tmp_path / "table"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?i).*glyph.*|.*font.*")
+        shell(*TABLE, *data, *cache, *words, figures=True)
+    shown = [text for text, _ in texts]
+    assert {"\u732b ?", "a ?", "a b? c d", "?", "?\n(white-box <=)"} <= {*shown}  # captions, and the row's name
+    assert not re.search("[\u72ac\U0001f408\x07\t]", "".join(shown))
 
 
 # Trainings and the rows that they make
