@@ -1,12 +1,15 @@
 """What the table says of whom, which captions are wrong answers, what a folder of figures keeps and whom it refuses."""
 
+import fcntl
 import json
 import math
+import os
 import re
 import shlex
 import shutil
 import warnings
 import zipfile
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
@@ -18,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY, jsonl, metrics, shell
+from conftest import ROOT, TINY, jsonl, metrics, shell
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
@@ -32,6 +35,8 @@ import evaluate
 SMALL = ["--preset", "smoke", "--num_images", 8, "--steps", 1]
 TRAINING = ["--batch_size", 4, "--val_images", 2]
 TABLE = ["evaluate.py", "--preset", "smoke", "--num_images", 4, "--steps", 1, "--attack_steps", 1, "--qualities"]
+GENERATE = ["generate_pgd_adversarial.py", "--preset", "smoke", "--split", "eval", "--steps", 1, "--batch_size", 2]
+later = partial(pytest.mark.xfail, strict=True, raises=(AssertionError, SystemExit))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,22 @@ def own_pictures(folder, scenes, captions):
     lines = [{"file_name": f"{number}.jpg", "text": texts} for number, texts in enumerate(captions)]
     (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return ["--eval_data", folder]
+
+
+def files(folder):
+    """What lies in a folder and below, {path: bytes}."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def no_attack(*_, **__):
+    raise AssertionError("an image was attacked")
+
+
+def other_weights(file, scale):
+    """Write the tiny CLIP with a changed visual tower; returns the file."""
+    state = load_file(TINY / "clip" / "open_clip_model.safetensors")
+    save_file({key: value * scale if "visual" in key else value for key, value in state.items()}, file)
+    return file
 
 
 # Captions and chance
@@ -133,7 +154,7 @@ def test_an_image_without_another_caption_to_lose_to_is_named_before_the_first_a
 ):
     captions, name = ALONE[why]
     data = own_pictures(tmp_path / "mine", scenes, captions)
-    monkeypatch.setattr(common, "pgd", pytest.fail)
+    monkeypatch.setattr(common, "pgd", no_attack)
     words = [*TABLE, *data, *cache, "--reproduce", "--output_dir", tmp_path / "out" / "table"]
     _, line = shell(*words, "--num_images", 3, code=2)
     assert f"{name} has no other caption to lose to" in line and line.count("\n") == 1
@@ -269,10 +290,10 @@ OTHERS |= {"mat": "defend_clip_pgd_v2.py, not defend_clip_mat_v2.py"}
 def test_a_training_of_another_script_loss_or_attack_is_no_row_of_the_table(row, trained, tmp_path, cache):
     folder = shutil.copytree(trained, tmp_path / "copy")
     (folder / "online").rename(folder / row)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = files(folder)
     _, line = shell(*TABLE, *cache, "--trainings", row, "--output_dir", folder / "evaluation", code=2)
     assert f"{folder / row} was made with {OTHERS[row]}. To make it again: " in line and line.count("\n") == 1
-    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files(folder) == before
     remedy = shlex.split(line.split("again: ")[1])[1:]
     shell(Path(remedy[0]).name, *remedy[1:], *SMALL[2:], *TRAINING, "--max_steps", 1)
     shell(*TABLE, *cache, "--trainings", row, "--output_dir", folder / "evaluation")
@@ -303,3 +324,228 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_steps(tmp_path, cache):
     means = [np.mean([entry["loss"] for entry in log if entry["epoch"] == epoch]) for epoch in (1, 2)]
     assert [epoch["loss"] for epoch in epochs] == pytest.approx(means) and len(log) == 4
     assert re.findall(r"loss ([\d.]+)", printed) == [f"{mean:.3f}" for mean in means]
+
+
+@later(reason="step 3")
+def test_a_copied_training_is_another_run_in_a_folder_of_its_own_name(tmp_path, cache, monkeypatch):
+    """README's recipe for a defence that is trained."""
+    monkeypatch.chdir(tmp_path)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    changed = Path("defend_clip_mat_v2.py").read_text().replace("NOISE_SIGMA = 15", "NOISE_SIGMA = 25")
+    Path("defend_clip_mine.py").write_text(changed)
+    words = [*SMALL, *TRAINING, "--max_steps", 1, *cache]
+    shell(tmp_path / "defend_clip_mat_v2.py", *words)
+    before = files(tmp_path / "runs" / "smoke" / "mat")
+    shell(tmp_path / "defend_clip_mine.py", *words)
+    made = [record.parent for record in tmp_path.glob("runs/smoke/*/metrics.json")]
+    assert len(made) == 2 and "mine" in made[0].name + made[1].name
+    (mine,) = (folder for folder in made if "mine" in folder.name)
+    _, line = shell(tmp_path / "defend_clip_mine.py", *words, "--output_dir", "runs/smoke/mat", code=2)
+    assert "defend_clip_mat_v2.py" in line and "choose another --output_dir" in line
+    assert files(tmp_path / "runs" / "smoke" / "mat") == before
+    shell(*TABLE, *cache, "--trainings", "mat", "--checkpoint", f"mine=local-dir:{mine}")
+    rows = metrics(tmp_path / "runs" / "smoke" / "evaluation")["rows"]
+    assert rows["mine"]["clean_similarity"] != rows["MAT"]["clean_similarity"]
+
+
+# What is refused before anything is made, and what is needed
+
+
+@later(reason="step 1")
+@pytest.mark.parametrize("mistake", ["defence", "name", "training", "adversarial images", "folder"])
+def test_reproduce_names_a_mistake_before_anything_is_made(mistake, trained, tmp_path, cache, monkeypatch):
+    words, said = {
+        "defence": (["--defence", "pdg+jpeg50"], "pdg"),
+        "name": (["--checkpoint", f"MAT={TINY / 'clip' / 'open_clip_model.safetensors'}"], "MAT"),  # is taken
+        "training": (["--trainings", "mat", "pgd"], "loss"),  # the second is there, with another one
+        "adversarial images": (["--steps", 2], "steps"),
+        "folder": ([], "metrics.json"),
+    }[mistake]
+    if mistake == "training":
+        shutil.copytree(trained / "online", tmp_path / "pgd")
+    if mistake == "adversarial images":
+        shutil.copytree(trained / "adversarial_eval", tmp_path / "adversarial_eval")
+    if mistake == "folder":
+        (tmp_path / "evaluation").mkdir()
+        (tmp_path / "evaluation" / "metrics.json").write_text('{"accuracy": 1}')
+    before = files(tmp_path)
+    monkeypatch.setattr(common, "pgd", no_attack)
+    _, line = shell(*TABLE, *cache, "--reproduce", *words, "--output_dir", tmp_path / "evaluation", code=2)
+    assert said in line and line.count("\n") == 1
+    assert files(tmp_path) == before
+
+
+@later(reason="step 1")
+def test_a_step_that_is_no_jpeg_is_named_as_it_was_typed(trained, cache):
+    state = TINY / "clip" / "open_clip_model.safetensors"
+    words = ["--trainings", "--checkpoint", f"mine={state}", "--defence", "mine+blur2"]
+    _, line = shell(*TABLE, *cache, *words, "--output_dir", trained / "evaluation", code=2)
+    assert "mine+blur2" in line and "NoneType" not in line
+
+
+@later(reason="step 1")
+def test_reproduce_attacks_no_training_images_where_no_training_wants_them(tmp_path, cache):
+    shell(*TABLE, *cache, "--reproduce", "--trainings", "mat", "--output_dir", tmp_path / "evaluation")
+    assert list(metrics(tmp_path / "evaluation")["rows"]) == ["original", "MAT"]
+    assert not (tmp_path / "adversarial_train").exists()
+
+
+@later(reason="step 2")
+def test_a_folder_with_images_of_another_data_set_is_named_before_the_first_step(
+    tmp_path, scenes, cache, monkeypatch
+):
+    words = [*TABLE, *cache, "--trainings"]
+    for name, some in (("a", scenes), ("b", scenes[10:])):
+        own_pictures(tmp_path / name, some, [caption for _, caption in some[:4]])
+    shell(*words, "--eval_data", tmp_path / "a", "--output_dir", tmp_path / "out" / "a")
+    before = files(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(common, "pgd", no_attack)
+        _, line = shell(*words, "--eval_data", tmp_path / "b", "--output_dir", tmp_path / "out" / "b", code=2)
+    assert "another data set" in line and "choose another --output_dir" in line
+    assert line.count("\n") == 1 and files(tmp_path / "out") == before
+    shell(*words, "--eval_data", tmp_path / "b", "--output_dir", tmp_path / "other" / "b")
+
+
+@later(reason="step 5")
+def test_no_time_is_forecast(tmp_path, cache):
+    printed, _ = shell(*GENERATE, "--num_images", 2, *cache, "--output_dir", tmp_path / "out")
+    assert "work:" not in printed and "about" not in printed
+
+
+# What makes two runs the same, and what a folder keeps
+
+
+@later(reason="step 3")
+@pytest.mark.parametrize("flag", ["--device", "--model", "--train_data"])
+def test_a_flag_that_says_the_same_or_is_not_read_makes_no_other_run(flag, tmp_path, cache, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY / "clip", "clip")
+    (tmp_path / "pictures").mkdir()
+    ways = {"--device": [[], ["cpu"]], "--model": [["local-dir:clip"], ["local-dir:./clip"]]}
+    ways |= {"--train_data": [[], [tmp_path / "pictures"]]}
+    first, second = ([flag, *value] if value else [] for value in ways[flag])
+    words = [*GENERATE, "--num_images", 2, *cache, "--output_dir", tmp_path / "out"]
+    shell(*words, *first)
+    before = files(tmp_path / "out")
+    monkeypatch.setattr(common, "pgd", no_attack)
+    shell(*words, *second)
+    assert files(tmp_path / "out") == before
+
+
+@pytest.fixture
+def extension(tmp_path, cache, monkeypatch):
+    """A folder of 4 adversarial images, whose extension to 9 was interrupted at the last one; the command."""
+    words = [*GENERATE, *cache, "--output_dir", tmp_path / "out", "--num_images"]
+    shell(*words, 4)
+    pgd = common.pgd
+
+    def interrupted(loss_fn, images, *rest, **options):
+        if len(images) == 1:
+            raise KeyboardInterrupt
+        return pgd(loss_fn, images, *rest, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(common, "pgd", interrupted)
+        shell(*words, 9, code=130)
+    return tmp_path / "out", [*words, 9]
+
+
+@later(reason="step 3")
+def test_an_unfinished_extension_goes_on_with_another_number_of_processes(extension, monkeypatch):
+    folder, words = extension
+    for file in folder.rglob("run.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"processes": 8}))
+    attacked, pgd = [], common.pgd
+    monkeypatch.setattr(common, "pgd", lambda loss, x, *rest: attacked.append(len(x)) or pgd(loss, x, *rest))
+    shell(*words)
+    assert sum(attacked) == 1 and metrics(folder)["n"] == 9
+
+
+@later(reason="step 3")
+def test_an_unfinished_extension_is_refused_after_an_upgrade_and_kept(extension, monkeypatch):
+    folder, words = extension
+    before = files(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "__version__", "9.9.9")
+        _, line = shell(*words, code=2)
+    assert "9.9.9" in line and torch.__version__.split("+")[0] in line and line.count("\n") == 1
+    assert files(folder) == before
+    shell(*words)  # with the old version it goes on
+
+
+@later(reason="step 3")
+def test_of_two_runs_into_one_folder_in_the_same_instant_one_says_that_the_other_is_writing(
+    tmp_path, cache, monkeypatch
+):
+    """The other one takes the folder's lock, and writes, while this one looks for the lock or writes a first file."""
+    folder, replace_file, flock, other = tmp_path / "out", os.replace, fcntl.flock, []
+
+    def start_other(temporary=None, target=None):
+        if not other:
+            other.append(os.open(folder, os.O_RDONLY))
+            flock(other[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if temporary:  # its own has another name if this one has the number of the process
+                theirs = str(temporary).replace(str(os.getpid()), "other")
+                Path(theirs).touch()
+                replace_file(theirs, target)
+
+    def replace_second(temporary, target):
+        if Path(target).parent == folder:
+            start_other(temporary, target)
+        replace_file(temporary, target)
+
+    def flock_second(file, how):
+        if os.path.samestat(os.fstat(file), os.stat(folder)):
+            start_other()
+        flock(file, how)
+
+    folder.mkdir()
+    monkeypatch.setattr(os, "replace", replace_second)
+    monkeypatch.setattr(fcntl, "flock", flock_second)
+    _, line = shell(*GENERATE, "--num_images", 2, *cache, "--output_dir", folder, code=2)
+    os.close(other[0])
+    assert "another run is writing" in line and line.count("\n") == 1
+
+
+@later(reason="step 4")
+def test_the_images_of_a_row_are_those_behind_its_figures_whatever_its_name(tmp_path, cache):
+    words = [*TABLE, *cache, "--trainings", "--output_dir", tmp_path / "table"]
+    rows = {"a b": 1.01, "a_b": 0.97}
+    for name, scale in rows.items():
+        rows[name] = ["--checkpoint", f"{name}={other_weights(tmp_path / f'{scale}.safetensors', scale)}"]
+        shell(*words, *rows[name])
+    for name in rows:
+        shell(*words, *rows[name])
+        wanted = metrics(tmp_path / "table")["per_image"][name]["white_box"]["similarity"]
+        saved = [jsonl(file)[: len(wanted)] for file in (tmp_path / "table").rglob("metadata.jsonl")]
+        assert pytest.approx(wanted) in [[entry["similarity"] for entry in entries] for entries in saved]
+
+
+@later(reason="step 4")
+def test_what_a_user_puts_beside_the_white_box_images_stays(trained, tmp_path, cache):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    for name in (".DS_Store", "notes.txt", "chosen/1.png"):
+        (folder / "evaluation" / "white_box" / name).parent.mkdir(exist_ok=True)
+        (folder / "evaluation" / "white_box" / name).write_text("mine")
+    before = files(folder / "evaluation" / "white_box")
+    shell(*TABLE, 50, *cache, "--trainings", "--output_dir", folder / "evaluation")
+    assert "JPEG 50" in metrics(folder / "evaluation")["rows"]
+    assert files(folder / "evaluation" / "white_box").items() >= before.items()
+
+
+@later(reason="step 4")
+def test_radii_that_were_measured_once_are_kept_and_shown_when_they_are_asked_for(
+    trained, tmp_path, cache, monkeypatch
+):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    words = [*TABLE, *cache, "--trainings", "--output_dir", folder / "evaluation", "--radii"]
+    first, _ = shell(*words, "2/255")
+    shell(*words, "4/255")
+    monkeypatch.setattr(common, "pgd", no_attack)
+    again, _ = shell(*words, "2/255")
+    (line,) = (line for line in again.splitlines() if line.startswith("R@1, cosine at"))
+    assert line.split()[-2:] == ["clean", "2/255"] and line in first
+    both, _ = shell(*words, "4/255", "2/255")
+    assert re.search("clean +2/255 +4/255\n", both)
