@@ -198,7 +198,7 @@ def parse_flags(parser, argv, stage, images, rate=None):
     words = sys.argv[1:] if argv is None else argv
     with exit_on_error("the command line is not text in UTF-8"):  # metrics.json could not hold it
         " ".join(words).encode()
-    chosen = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
+    chosen = expand_paths(parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0])
     defaults = {flag: values.get(chosen.preset, values["tiny"]) for flag, values in PRESETS.items()}
     defaults["output_dir"] = f"runs/{chosen.preset}/{stage(chosen)}{radius_suffix(chosen)}"
     split = images(chosen)
@@ -210,19 +210,25 @@ def parse_flags(parser, argv, stage, images, rate=None):
     if (chosen.model or "").startswith(("local-dir:", "hf-hub:")):
         defaults["pretrained"] = ""  # such a model brings its weights
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(chosen, name)})
-    args = parser.parse_args(words)
-    for name, value in vars(args).items():
-        if isinstance(value, str):
-            setattr(args, name, expand_home(value))
+    args = expand_paths(parser.parse_args(words))
     if not args.output_dir:
         parser.error("--output_dir is empty")
     return args
 
 
+def expand_paths(args):
+    """Replace the ~ at the start of every path in args by the home folder; no shell does so behind a =."""
+    for name, value in vars(args).items():
+        if isinstance(value, str):
+            setattr(args, name, expand_home(value))
+    args.image_root = args.image_root and [expand_home(root) for root in args.image_root]
+    return args
+
+
 def expand_home(path):
-    """Replace the ~ at the start of a path, or behind local-dir:, by the home folder."""
-    folder = path.removeprefix("local-dir:")
-    return path[: len(path) - len(folder)] + os.path.expanduser(folder)
+    """Replace the ~ at the start of a path, or behind local-dir:, train= or eval=, by the home folder."""
+    prefix = re.match("(local-dir:|train=|eval=)?", path)[0]
+    return prefix + os.path.expanduser(path.removeprefix(prefix))
 
 
 SHARED = "device model pretrained precision train_data eval_data image_root skip_bad_images num_workers cache_dir"
@@ -1499,7 +1505,6 @@ def image_folder(args, split):
         its_split, _, path = root.partition("=")
         if its_split not in SPLITS:
             its_split, path = split, root
-        path = os.path.expanduser(path)
         if not os.path.isdir(path):
             fail(f"--image_root {path} is not a folder")
         if its_split == split:

@@ -1,0 +1,26 @@
+"""Own pictures and captions: each figure is of the picture that is named, and what cannot be read is one line."""
+
+from conftest import lines_of, metrics, shell
+from test_pictures import own_pictures
+
+
+def attack(tmp_path, source, *words, split="eval", code=0):
+    """Attack the images of a data set, into tmp_path/out: what is printed, or the lines with which it ends."""
+    words = ["--split", split, f"--{split}_data={source}", "--output_dir", tmp_path / "out", *words]
+    words = ["--preset", "smoke", "--steps", 1, "--cache_dir", tmp_path / "cache", *words]
+    out, err = shell("generate_pgd_adversarial.py", *words, code=code)
+    return lines_of(err) if code else out
+
+
+# Flags
+
+
+def test_a_home_folder_behind_an_equals_sign_is_own_pictures_of_which_all_are_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for count in (17, 3):  # more and less than the preset's 16
+        own_pictures(tmp_path / f"of {count}", count)
+        attack(tmp_path, f"~/of {count}", "--overwrite")
+        assert metrics(tmp_path / "out")["n"] == count
+    (tmp_path / "of 3" / "metadata.csv").rename(tmp_path / "metadata.csv")
+    (line,) = attack(tmp_path, "~", "--image_root=eval=~/of 3", "--output_dir", tmp_path / "of 3", code=2)
+    assert f"{tmp_path}/of 3 is an input, too" in line
