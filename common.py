@@ -475,7 +475,7 @@ class Run:
     def protect_files(self, args):
         """Exit if the folder is an input, or holds files with our names that no run of these scripts has written."""
         inputs = [args.train_data, args.eval_data, args.model, getattr(args, "adversarial_dir", None)]
-        inputs += [root.rpartition("=")[2] for root in args.image_root or ()]
+        inputs += [folder for _, folder in image_roots(args)]
         for folder in ((folder or "").removeprefix("local-dir:") for folder in inputs):
             if os.path.isdir(folder) and self.dir.exists() and os.path.samefile(folder, self.dir):
                 fail(f"--output_dir {self.dir} is an input, too, and would be overwritten: choose another")
@@ -1501,15 +1501,23 @@ def image_folder(args, split):
     """Return the folder of a split's images: --image_root, the folder of a captions_*.json, or the data set itself."""
     source = getattr(args, f"{split}_data")
     folder = os.path.dirname(source) or "." if source.endswith(".json") else source
+    roots = image_roots(args)
+    given = [root for its, root in roots if its == split] or [root for its, root in roots if its is None] or [folder]
+    if len(given) > 1:
+        fail(f"--image_root {' '.join(given)}: give one folder, or one for each split: train=DIR eval=DIR")
+    return given[0]
+
+
+def image_roots(args):
+    """Return the folders of --image_root: [(split or None for both, folder)]."""
+    roots = []
     for root in args.image_root or ():
-        its_split, _, path = root.partition("=")
-        if its_split not in SPLITS:
-            its_split, path = split, root
-        if not os.path.isdir(path):
-            fail(f"--image_root {path} is not a folder")
-        if its_split == split:
-            folder = path
-    return folder
+        split, equals, folder = root.partition("=")
+        split, folder = (split, folder) if equals and split in SPLITS else (None, root)
+        if not os.path.isdir(folder):
+            fail(f"--image_root {root} is not a folder")
+        roots.append((split, folder))
+    return roots
 
 
 def content_checksum(files, name):

@@ -24,3 +24,15 @@ def test_a_home_folder_behind_an_equals_sign_is_own_pictures_of_which_all_are_us
     (tmp_path / "of 3" / "metadata.csv").rename(tmp_path / "metadata.csv")
     (line,) = attack(tmp_path, "~", "--image_root=eval=~/of 3", "--output_dir", tmp_path / "of 3", code=2)
     assert f"{tmp_path}/of 3 is an input, too" in line
+
+
+def test_a_folder_of_images_may_have_the_name_of_a_split_or_an_equals_sign_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (own_pictures(tmp_path / "train", 3) / "metadata.csv").rename(tmp_path / "metadata.csv")
+    attack(tmp_path, ".", "--image_root", "train")
+    (tmp_path / "train").rename(tmp_path / "a=b")
+    attack(tmp_path, ".", "--image_root", "eval=a=b", "--overwrite")
+    (line,) = attack(tmp_path, ".", "--image_root", "a=b", "--output_dir", "a=b", code=2)
+    assert "a=b is an input, too" in line
+    (line,) = attack(tmp_path, ".", "--image_root", "a=b", "out", code=2)
+    assert "--image_root a=b out: give one folder" in line
