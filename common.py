@@ -1475,8 +1475,8 @@ def load_rows(args, split, count=None):
             raise ValueError(f"it has {len(rows)} distinct {kind}, and {count} are needed: lower --num_images")
         rows = rows.select(range(count))
         if os.path.isdir(folder):
-            files, found = find_images(folder, rows["path"][:])
-            contents = [content_checksum(files, found[path]) for path in rows["path"]]
+            found = find_images(folder, rows["path"][:], args.skip_bad_images)
+            contents = [content_checksum(*found[path]) if path in found else "missing" for path in rows["path"]]
         else:
             contents = [commit] * count
         checksums = [digest(row) for row in zip(rows["path"], rows["captions"], contents)]
@@ -1651,7 +1651,7 @@ def load_examples(args, split, rows, geometry):
             cache.unlink(missing_ok=True)  # so that the next run names the broken images again
             raise ValueError("none of the images could be decoded")
         if len(examples) < len(rows):
-            print(f"--{split}_data {source}: {len(rows) - len(examples)} broken images are left out")
+            print(f"--{split}_data {source}: {len(rows) - len(examples)} broken or missing images are left out")
         return examples.with_format("numpy", columns=["pixels"], output_all_columns=True, dtype=np.uint8)
 
 
@@ -1661,12 +1661,15 @@ def decode_rows(folder, rows, geometry, skip_bad_images, cache):
     need = 1.1 * len(rows) * 3 * math.prod(geometry["size"])
     if shutil.disk_usage(cache.parent).free < need:
         fail(f"--cache_dir {cache.parent} needs {need / 1e9:.2f} GB for decoded images: free some space first")
-    (files, found), transform = find_images(folder, rows["path"][:]), to_geometry(geometry)
+    found, transform = find_images(folder, rows["path"][:], skip_bad_images), to_geometry(geometry)
     kinds = datasets.Features(rows.features | {"pixels": datasets.Array3D((3, *geometry["size"]), "uint8")})
 
     def decode(path):
         try:
-            with files.open(found[path]) as file:
+            if path not in found:
+                raise ValueError("it is missing")
+            files, name = found[path]
+            with files.open(name) as file:
                 data = file.read(LARGEST_FILE + 1)
             return transform(read_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
         except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
@@ -1708,37 +1711,55 @@ def read_image(data, formats):
         raise ValueError(describe(error)) from None
 
 
-def find_images(source, paths):
-    """Find the image files of paths in a folder, in one of its zips, or on a hub.
+def find_images(source, paths, skip_missing=False):
+    """Find the image files of paths in a folder and its zips, or on a hub.
 
-    returns   the file system or ZipFile that opens them, {path: name to open}
+    skip_missing   whether some may be missing, which the result then lacks
+    returns        {path: (the file system or ZipFile that opens the file, its name there)}
 
-    A path is only looked up among the names that the folder or zip lists, so that none leads out of it. The first zip
-    that has all images is used. From a hub the zip of MSCOCO_i2t is downloaded; of a zip of all tasks only the members
-    needed are read, by range requests.
+    A path stands for the file below the folder that it names; a link or .. that leads out of the folder does not count.
+    Only a file name that is COCO's own is looked for elsewhere, and the longest common end of the path decides. From a
+    hub the zip of MSCOCO_i2t is downloaded; of a zip of all tasks only the members needed are read, by range requests.
     """
     local = os.path.isdir(source)
     fs, root = fsspec.url_to_fs(source if local else f"hf://datasets/{source}")
-    names, inside, looked_into = fs.find(root), os.path.realpath(root) + os.sep, []
+    inside, found, looked_into = os.path.realpath(root) + os.sep, {}, [root]
+    for path in paths if local else ():
+        file = os.path.join(root, path)
+        if os.path.isfile(file) and os.path.realpath(file).startswith(inside):
+            found[path] = fs, file
+    elsewhere = [path for path in paths if path not in found and coco_id_of(path) is not None]
+    names = fs.find(root) if elsewhere else []
     zips = sorted((name for name in names if name.endswith(".zip")), key=lambda name: (CONFIG not in name, name))
-    if local:  # a link may lead out, too
-        names = [name for name in names if os.path.realpath(name).startswith(inside)]
-    for archive in ["", *zips]:
-        with exit_on_error(f"{archive or root} cannot be read"):  # blocks of about one image
-            files = zipfile.ZipFile(fs.open(archive, block_size=2**16)) if archive else fs
-        found = match_files(paths, sorted(files.namelist()) if archive else names)
-        if len(found) == len(paths):
-            if CONFIG in archive and not local:
-                archive = huggingface_hub.hf_hub_download(source, archive.removeprefix(f"{root}/"), repo_type="dataset")
-                files = zipfile.ZipFile(archive)
-            return files, found
-        missing = next(path for path in paths if path not in found)
-        looked_into.append(f"{archive or 'the folder'} has {len(found)} of them and not {missing}")
-    raise FileNotFoundError(f"not all of {len(paths)} images were found: {'; '.join(looked_into[:5])}")
+    files = {name: (fs, name) for name in names if not local or os.path.realpath(name).startswith(inside)}
+    for archive in zips:
+        if not local and len(match_files(elsewhere, files)) == len(elsewhere):
+            break  # each further zip of a hub takes seconds
+        if CONFIG in archive and not local:
+            file = huggingface_hub.hf_hub_download(source, archive.removeprefix(f"{root}/"), repo_type="dataset")
+        else:
+            file = fs.open(archive, block_size=2**16)  # about one image
+        try:
+            members = zipfile.ZipFile(file)
+            files |= {f"{archive}/{name}": (members, name) for name in members.namelist()}
+            looked_into.append(archive)
+        except zipfile.BadZipFile as error:  # it may be none that is needed
+            looked_into.append(f"{archive} ({describe(error)})")
+    for path, nearest in match_files(elsewhere, files).items():
+        if len(nearest) > 1 and len({content_checksum(*files[name]) for name in nearest}) > 1:
+            choices = " or ".join(nearest[:3])
+            raise ValueError(f"{path} may be {choices}, which differ: give the folder of the right one by --image_root")
+        found[path] = files[nearest[0]]
+    missing = [path[-60:] for path in paths if path not in found]
+    if missing and not (skip_missing and found):
+        advice = "--skip_bad_images leaves them out" if found else "--image_root gives their folder"
+        first, places = ", ".join(missing[:5]), ", ".join(looked_into[:5])
+        raise ValueError(f"{len(missing)} of {len(paths)} images are missing; {advice}: {first} (looked into {places})")
+    return found
 
 
 def match_files(paths, files):
-    """Map each path to the file of the same name that shares the most trailing folders with it: {path: file}."""
+    """Map each path to the files of the same name that share the most trailing folders with it: {path: [file]}."""
 
     def shared_folders(path, file):
         pairs = zip(reversed(PurePosixPath(path).parts), reversed(PurePosixPath(file).parts))
@@ -1750,7 +1771,8 @@ def match_files(paths, files):
     matches = {}
     for path in paths:
         if candidates := files_by_name.get(PurePosixPath(path).name):
-            matches[path] = max(candidates, key=partial(shared_folders, path))
+            shared = [shared_folders(path, file) for file in candidates]
+            matches[path] = [file for file, count in zip(candidates, shared) if count == max(shared)]
     return matches
 
 

@@ -166,8 +166,8 @@ def test_two_folders_of_one_name_are_not_mixed_up_and_unpacked_images_give_the_s
 
 
 def test_members_are_matched_by_name_and_folders_without_apple_doubles():
-    names = ["x/MSCOCO_t2i/a.jpg", "MSCOCO_i2t/._a.jpg", "MSCOCO_i2t/a.jpg", "__MACOSX/MSCOCO_i2t/a.jpg", "other/b.jpg"]
-    assert common.match_files(["images/MSCOCO_i2t/a.jpg"], names) == {"images/MSCOCO_i2t/a.jpg": "MSCOCO_i2t/a.jpg"}
+    names = ["x/MSCOCO_t2i/a.jpg", "MSCOCO_i2t/a.jpg", "__MACOSX/MSCOCO_i2t/._a.jpg", "other/b.jpg"]
+    assert common.match_files(["images/MSCOCO_i2t/a.jpg"], names) == {"images/MSCOCO_i2t/a.jpg": ["MSCOCO_i2t/a.jpg"]}
     assert common.match_files(["c.jpg"], names) == {}
 
 

@@ -72,7 +72,7 @@ def shared(tmp_path_factory):
         pq.write_table(pa.Table.from_pylist(rows), folder / "MSCOCO_i2t" / file.name)
         with zipfile.ZipFile(next(source.rglob("*.zip"))) as archive:
             found = common.match_files([row[column] for row in rows], archive.namelist())
-            pack(folder / "images.zip", [(name, archive.read(name)) for name in found.values()])
+            pack(folder / "images.zip", [(name, archive.read(name)) for (name,) in found.values()])
         data = [f"--{split}_data", folder, "--split", split]
         run(GENERATE, command(root, GENERATE, root / f"adversarial_{split}", *data))
     return root

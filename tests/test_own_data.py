@@ -1,7 +1,9 @@
 """Own pictures and captions: each figure is of the picture that is named, and what cannot be read is one line."""
 
-from conftest import lines_of, metrics, shell
-from test_pictures import own_pictures
+import shutil
+
+from conftest import TINY, jsonl, lines_of, metrics, shell
+from test_pictures import caption_of, coco_captions, draw, own_pictures
 
 
 def attack(tmp_path, source, *words, split="eval", code=0):
@@ -10,6 +12,12 @@ def attack(tmp_path, source, *words, split="eval", code=0):
     words = ["--preset", "smoke", "--steps", 1, "--cache_dir", tmp_path / "cache", *words]
     out, err = shell("generate_pgd_adversarial.py", *words, code=code)
     return lines_of(err) if code else out
+
+
+def attacked(tmp_path, *given):
+    """What the metadata says of these images once they are attacked, such as their similarities."""
+    attack(tmp_path, *given, "--overwrite")
+    return jsonl(tmp_path / "out" / "metadata.jsonl")
 
 
 # Flags
@@ -36,3 +44,67 @@ def test_a_folder_of_images_may_have_the_name_of_a_split_or_an_equals_sign_in_it
     assert "a=b is an input, too" in line
     (line,) = attack(tmp_path, ".", "--image_root", "a=b", "out", code=2)
     assert "--image_root a=b out: give one folder" in line
+
+
+# Where an image is
+
+
+def test_an_own_picture_is_the_file_at_its_path_and_no_other_of_its_name(tmp_path):
+    mine = own_pictures(tmp_path / "mine", 4)
+    expected = attacked(tmp_path, mine)
+    for number in range(4):
+        draw(mine / "edges" / f"picture {number}.png", 50 + number)
+    shutil.make_archive(mine / "old", "zip", mine / "edges")
+    assert attacked(tmp_path, mine) == expected
+    (mine / "picture 2.png").unlink()
+    (line,) = attack(tmp_path, mine, code=2)
+    assert "1 of 4 images are missing; --skip_bad_images leaves them out: picture 2.png (looked into" in line
+
+
+def test_images_of_a_captions_file_are_at_their_paths_or_found_by_cocos_names_alone(tmp_path):
+    file = coco_captions(tmp_path / "coco")
+    other, content = tmp_path / "coco" / "adv" / "val2017", file.read_text()
+    expected = attacked(tmp_path, file)
+    shutil.copytree(tmp_path / "coco" / "val2017", other)
+    assert attacked(tmp_path, file) == expected  # the two are equal
+    for image in other.iterdir():
+        draw(image, 50 + int(image.stem))
+    (line,) = attack(tmp_path, file, code=2)
+    assert f"000000001000.jpg may be {other}/000000001000.jpg or {tmp_path}/coco/val2017/000000001000.jpg" in line
+    assert attacked(tmp_path, file, "--image_root", tmp_path / "coco" / "val2017") == expected
+    file.write_text(content.replace('"00000', '"val2017/00000'))
+    again = attacked(tmp_path, file)
+    assert [row["clean_similarity"] for row in again] == [row["clean_similarity"] for row in expected]
+    shutil.rmtree(other)
+    file.write_text(content.replace("000000001000.jpg", "dogs/1.jpg"))
+    draw(tmp_path / "coco" / "cats" / "1.jpg", 7)
+    (line,) = attack(tmp_path, file, code=2)
+    assert "1 of 4 images are missing; --skip_bad_images leaves them out: dogs/1.jpg" in line
+
+
+def test_the_longest_common_end_of_a_path_decides_among_folders_and_zips(tmp_path):
+    data = shutil.copytree(TINY / "MMEB-eval", tmp_path / "MMEB-eval")
+    expected = attacked(tmp_path, data, "--num_images", 4)
+    for entry in expected:
+        draw(data / "adv_val2014" / f"COCO_val2014_{entry['coco_id']:012d}.jpg", entry["coco_id"])
+    (data / "partly downloaded.zip").write_bytes(b"PK")
+    assert attacked(tmp_path, data, "--num_images", 4) == expected
+
+
+def test_missing_pictures_are_named_in_one_line_and_left_out_on_request(tmp_path):
+    mine = own_pictures(tmp_path / "mine")
+    for number in range(0, 12, 2):
+        (mine / f"picture {number}.png").unlink()
+    (line,) = attack(tmp_path, mine, code=2)
+    first = ", ".join(f"picture {number}.png" for number in (0, 2, 4, 6, 8))
+    assert f"6 of 12 images are missing; --skip_bad_images leaves them out: {first} (looked into" in line
+    assert "6 broken or missing images are left out" in attack(tmp_path, mine, "--skip_bad_images")
+    captions = [entry["caption"] for entry in jsonl(tmp_path / "out" / "metadata.jsonl")]
+    assert captions == [caption_of(number) for number in range(1, 12, 2)] and metrics(tmp_path / "out")["n"] == 6
+    draw(mine / "picture 2.png", 2)  # it is another data set now
+    (line,) = attack(tmp_path, mine, "--skip_bad_images", code=2)
+    assert "other images or captions" in line
+    shutil.rmtree(mine / "inner")
+    (mine / "picture 2.png").unlink()
+    (line,) = attack(tmp_path, mine, "--skip_bad_images", code=2)
+    assert "12 of 12 images are missing; --image_root gives their folder: picture 0.png, inner/picture 1.png" in line

@@ -151,7 +151,7 @@ BROKEN = {
     "entry 1 has no file_name": {"file_name": None, "caption": "x"},
     "'a.png' has an empty caption": {"file_name": "a.png", "caption": " "},
     "'b.png' has an empty caption": {"file_name": "b.png"},
-    "not all of 1 images were found": {"file_name": "none.png", "caption": "x"},
+    "1 of 1 images are missing; --image_root gives their folder: none.png": {"file_name": "none.png", "caption": "x"},
 }
 
 
