@@ -1598,7 +1598,9 @@ def mmeb_files(folder, split, columns):
 
 def read_imagefolder(folder):
     """Read a folder in the ImageFolder format: metadata.jsonl or metadata.csv with file_name and caption or text."""
-    file = next(Path(folder, name) for name in METADATA if Path(folder, name).is_file())
+    file, *others = [Path(folder, name) for name in METADATA if Path(folder, name).is_file()]
+    if others:
+        raise ValueError(f"it has {' and '.join(METADATA)}: move the one away that is not meant")
     if file.suffix == ".csv":
         with open(file, encoding="utf-8-sig", newline="") as opened:
             lines = list(csv.DictReader(opened))
@@ -1609,7 +1611,9 @@ def read_imagefolder(folder):
         path, texts = line.get("file_name"), line.get("caption", line.get("text"))
         if not isinstance(path, str) or not path.strip():
             raise ValueError(f"{file.name}, entry {number} has no file_name")
-        captions.setdefault(path, []).extend(texts if isinstance(texts, list) else [texts])
+        if any(line.get(None, ())):  # a comma in a caption without quotes, which would be cut there
+            raise ValueError(f"{file.name}, entry {number} has more fields than the first line: put captions in quotes")
+        captions.setdefault(os.path.normpath(path), []).extend(texts if isinstance(texts, list) else [texts])
     return [(f"{file.name}: {path[:99]!r}", path, coco_id_of(path), texts, texts) for path, texts in captions.items()]
 
 

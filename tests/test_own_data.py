@@ -46,6 +46,29 @@ def test_a_folder_of_images_may_have_the_name_of_a_split_or_an_equals_sign_in_it
     assert "--image_root a=b out: give one folder" in line
 
 
+# Captions
+
+
+def test_of_two_files_of_captions_none_is_chosen(tmp_path):
+    mine = own_pictures(tmp_path / "mine", 3)
+    own_pictures(mine, 3, kind="jsonl")
+    (line,) = attack(tmp_path, mine, code=2)
+    assert "it has metadata.jsonl and metadata.csv" in line
+    (mine / "metadata.jsonl").unlink()
+    attack(tmp_path, mine)
+
+
+def test_two_spellings_of_a_path_are_one_picture_and_no_caption_is_cut_at_a_comma(tmp_path):
+    for number in range(2):
+        draw(tmp_path / "mine" / f"pic{number}.png", number)
+    table = tmp_path / "mine" / "metadata.csv"
+    table.write_text("file_name,caption\n./pic0.png,A ring.\npic0.png,A star.\nx/../pic1.png,A dot.,,\n")
+    assert [entry["caption"] for entry in attacked(tmp_path, tmp_path / "mine")] == ["A ring.", "A dot."]
+    table.write_text("file_name,caption\npic0.png,A ring, a star.\n")
+    (line,) = attack(tmp_path, tmp_path / "mine", code=2)
+    assert "metadata.csv, entry 1 has more fields than the first line: put captions in quotes" in line
+
+
 # Where an image is
 
 
