@@ -1624,13 +1624,18 @@ def coco_id_of(path):
 
 
 def read_coco(file):
-    """Read the rows of COCO's captions_*.json, in the order of its images."""
+    """Read the rows of COCO's captions_*.json, in the order of its images; its ids count for nothing else."""
     data = json.loads(Path(file).read_text(encoding="utf-8"))
-    captions = defaultdict(list)
+    paths = {}
+    for image in data["images"]:
+        path = os.path.normpath(image["file_name"])
+        if paths.setdefault(str(image["id"]), path) != path:
+            raise ValueError(f"two of its images have the id {image['id']}: a caption may be of either")
+    captions = {path: [] for path in paths.values()}
     for annotation in data["annotations"]:
-        captions[annotation["image_id"]].append(annotation["caption"])
-    images = [(int(image["id"]), image["file_name"]) for image in data["images"]]
-    return [(f"image {i}", path, i, captions[i], captions[i]) for i, path in images if captions[i]]
+        if path := paths.get(str(annotation["image_id"])):
+            captions[path].append(annotation["caption"])
+    return [(repr(path[:99]), path, coco_id_of(path), texts, texts) for path, texts in captions.items() if texts]
 
 
 def load_examples(args, split, rows, geometry):

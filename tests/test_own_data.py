@@ -1,14 +1,15 @@
 """Own pictures and captions: each figure is of the picture that is named, and what cannot be read is one line."""
 
+import json
 import shutil
 
 from conftest import TINY, jsonl, lines_of, metrics, shell
 from test_pictures import caption_of, coco_captions, draw, own_pictures
 
 
-def attack(tmp_path, source, *words, split="eval", code=0):
+def attack(tmp_path, source, *words, code=0):
     """Attack the images of a data set, into tmp_path/out: what is printed, or the lines with which it ends."""
-    words = ["--split", split, f"--{split}_data={source}", "--output_dir", tmp_path / "out", *words]
+    words = ["--split", "eval", f"--eval_data={source}", "--output_dir", tmp_path / "out", *words]
     words = ["--preset", "smoke", "--steps", 1, "--cache_dir", tmp_path / "cache", *words]
     out, err = shell("generate_pgd_adversarial.py", *words, code=code)
     return lines_of(err) if code else out
@@ -18,6 +19,16 @@ def attacked(tmp_path, *given):
     """What the metadata says of these images once they are attacked, such as their similarities."""
     attack(tmp_path, *given, "--overwrite")
     return jsonl(tmp_path / "out" / "metadata.jsonl")
+
+
+def captions_file(folder, numbers):
+    """Pictures in COCO's form, with ids from 1 and names of their own."""
+    images = [{"id": i, "file_name": f"pictures/{number}.png"} for i, number in enumerate(numbers, 1)]
+    for number in numbers:
+        draw(folder / "pictures" / f"{number}.png", number)
+    annotations = [{"image_id": i, "caption": caption_of(number)} for i, number in enumerate(numbers, 1)]
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder / "captions.json"
 
 
 # Flags
@@ -131,3 +142,24 @@ def test_missing_pictures_are_named_in_one_line_and_left_out_on_request(tmp_path
     (mine / "picture 2.png").unlink()
     (line,) = attack(tmp_path, mine, "--skip_bad_images", code=2)
     assert "12 of 12 images are missing; --image_root gives their folder: picture 0.png, inner/picture 1.png" in line
+
+
+def test_a_caption_whose_id_two_images_have_is_not_given_to_either(tmp_path):
+    file = captions_file(tmp_path / "mine", range(3))
+    file.write_text(file.read_text().replace('"id": 2', '"id": 1'))
+    (line,) = attack(tmp_path, file, code=2)
+    assert "two of its images have the id 1" in line
+
+
+# Leakage
+
+
+def test_ids_of_own_data_in_cocos_form_are_no_leak_and_equal_pictures_are(tmp_path):
+    words = ["--preset", "smoke", "--steps", 1, "--max_steps", 1, "--cache_dir", tmp_path / "cache"]
+    words += ["--train_data", captions_file(tmp_path / "a", range(5)), "--output_dir", tmp_path / "mat", "--eval_data"]
+    shell("defend_clip_mat_v2.py", *words, captions_file(tmp_path / "b", range(5, 10)))
+    assert metrics(tmp_path / "mat")["train_ids"] == metrics(tmp_path / "mat")["val_ids"] == []
+    for shared in (2, 4):  # trained on, and validated on
+        held_out = captions_file(tmp_path / "b", [*range(5, 10), shared])
+        _, line = shell("defend_clip_mat_v2.py", *words, held_out, "--overwrite", code=2)
+        assert f"pictures/{shared}.png has the same pixels as evaluation image pictures/{shared}.png" in line
