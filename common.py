@@ -1405,8 +1405,9 @@ def has_text_weights(names):
 # Data: MMEB from the hub or a local copy, a folder in the ImageFolder format, or COCO's captions_*.json
 
 CONFIG = "MSCOCO_i2t"
-LARGEST_FILE, LARGEST_IMAGE = 20_000_000, 50_000_000  # bytes, pixels; larger ones are refused
-Image.MAX_IMAGE_PIXELS = None  # read_image() checks the size
+LARGEST_IMAGE = 178_956_970  # pixels; Pillow takes a larger one for a bomb, too, but warns from half of it on
+Image.MAX_IMAGE_PIXELS = None  # open_image() checks the size
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF"]
 SPLITS = {  # MMEB's split, image column, caption column (in a list the own caption is first), start of the file names
     "train": ("original", "qry_image_path", "pos_text", "COCO_train2014_"),
     "eval": ("test", "qry_img_path", "tgt_text", "COCO_"),
@@ -1525,9 +1526,11 @@ def content_checksum(files, name):
     if isinstance(files, zipfile.ZipFile):
         member = files.getinfo(name)
         return f"{member.CRC:08x} {member.file_size}"
+    checksum, size = 0, 0
     with files.open(name) as file:
-        data = file.read(LARGEST_FILE + 1)
-    return f"{zlib.crc32(data):08x} {len(data)}"
+        while block := file.read(2**20):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return f"{checksum:08x} {size}"
 
 
 def read_rows(args, split):
@@ -1679,8 +1682,8 @@ def decode_rows(folder, rows, geometry, skip_bad_images, cache):
                 raise ValueError("it is missing")
             files, name = found[path]
             with files.open(name) as file:
-                data = file.read(LARGEST_FILE + 1)
-            return transform(read_image(data, ["JPEG", "PNG", "WEBP", "BMP", "GIF"]))
+                data = read_bytes(file)
+            return transform(read_image(data))
         except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
             message = f"broken image {path} ({describe(error)})"
             if not skip_bad_images:
@@ -1704,18 +1707,38 @@ def to_geometry(geometry):
     return lambda image: np.asarray(resize(image)).transpose(2, 0, 1)
 
 
-def read_image(data, formats):
-    """Decode the bytes of an image file to a PIL image, RGB; ValueError if it is no image of 8 bits a channel."""
+def read_bytes(file):
+    """Read an opened image file as a whole; ValueError if it is more than its pixels can take, as a zip bomb is."""
+    data = file.read(20_000_000)
+    if more := file.read(1):
+        webp = data[8:12] == b"WEBP"  # which Pillow opens as a whole only
+        limit = 200_000_000 if webp else 8 * math.prod(open_image(data, FORMATS).size)
+        data += more + file.read(limit)
+        if file.read(1):
+            raise ValueError(f"more than {len(data) / 1e6:.0f} MB")
+    return data
+
+
+def open_image(data, formats):
+    """Open the bytes of an image file, or the first of them, as a PIL image that is not decoded yet."""
     try:
-        if len(data) > LARGEST_FILE:
-            raise ValueError(f"more than {LARGEST_FILE / 1e6:.0f} MB")
-        with Image.open(io.BytesIO(data), formats=formats) as image:
-            width, height = image.size
-            if width * height > LARGEST_IMAGE or max(width, height) > 50 * min(width, height):
-                raise ValueError(f"{width} x {height} pixels")
-            if image.mode[0] in "IF":
-                raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
-            return ImageOps.exif_transpose(image).convert("RGB")  # phones store photographs rotated
+        image = Image.open(io.BytesIO(data), formats=formats)
+        width, height = image.size
+        if width * height > LARGEST_IMAGE or max(width, height) > 500 * min(width, height):
+            raise ValueError(f"{width} x {height} pixels")
+        if image.mode[0] in "IF":
+            raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
+        return image
+    except Exception as error:  # a damaged file raises any exception
+        raise ValueError(describe(error)) from None
+
+
+def read_image(data, formats=FORMATS):
+    """Decode the bytes of an image file to a PIL image, RGB; ValueError if it is no image of 8 bits a channel."""
+    image = open_image(data, formats)
+    try:
+        ImageOps.exif_transpose(image, in_place=True)  # phones store photographs rotated
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # a damaged file raises any exception
         raise ValueError(describe(error)) from None
 

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import struct
+import warnings
 
 from conftest import TINY, jsonl, lines_of, metrics, shell
+from PIL import Image
 from test_pictures import caption_of, coco_captions, draw, own_pictures
 
 
@@ -163,3 +166,22 @@ def test_ids_of_own_data_in_cocos_form_are_no_leak_and_equal_pictures_are(tmp_pa
         held_out = captions_file(tmp_path / "b", [*range(5, 10), shared])
         _, line = shell("defend_clip_mat_v2.py", *words, held_out, "--overwrite", code=2)
         assert f"pictures/{shared}.png has the same pixels as evaluation image pictures/{shared}.png" in line
+
+
+# Large images
+
+
+def test_large_photographs_and_panoramas_are_read_without_a_warning_and_absurd_ones_are_not(tmp_path):
+    mine = own_pictures(tmp_path / "mine", 3, "jpg")
+    Image.new("L", (12_000, 7_500), 90).save(mine / "picture 0.jpg")
+    Image.new("RGB", (20_000, 300), "red").save(mine / "inner" / "picture 1.jpg")
+    Image.new("RGB", (2600, 2600), "red").save(mine / "picture 2.jpg", "BMP")  # 20 MB
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        attack(tmp_path, mine)
+    Image.new("L", (5, 5)).save(mine / "picture 0.jpg", "GIF")
+    data = bytearray((mine / "picture 0.jpg").read_bytes())
+    data[6:10] = struct.pack("<HH", 13_400, 13_400)  # pixels that it claims; Pillow's limit is 179 million
+    (mine / "picture 0.jpg").write_bytes(data)
+    (line,) = attack(tmp_path, mine, "--overwrite", code=2)
+    assert "broken image picture 0.jpg (13400 x 13400 pixels)" in line
