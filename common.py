@@ -391,8 +391,16 @@ def progress(iterable=None, what="", total=None, unit="batch"):
     """Return a progress bar with rate and remaining time, which appears after two seconds."""
     options = {"unit": unit, "delay": 2, "ncols": 79, "disable": RANK > 0, "leave": False, "mininterval": 0.2}
     if not sys.stderr.isatty():  # in a log: a line every 30 seconds
-        options |= {"mininterval": 30, "bar_format": "{l_bar}{bar}{r_bar}\n"}
+        return LogBar(iterable, what, total, **options | {"mininterval": 30})
     return tqdm(iterable, what, total, **options)
+
+
+class LogBar(tqdm):
+    """A progress bar in a log file: lines, without what would move or blank the line of a terminal."""
+
+    def display(self, msg=None, pos=None):
+        if msg is None:  # else it would be cleared
+            print(self, file=self.fp, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Own pictures and captions: each figure is of the picture that is named, and what cannot be read is one line."""
 
+import itertools
 import json
 import shutil
 import struct
@@ -185,3 +186,17 @@ def test_large_photographs_and_panoramas_are_read_without_a_warning_and_absurd_o
     (mine / "picture 0.jpg").write_bytes(data)
     (line,) = attack(tmp_path, mine, "--overwrite", code=2)
     assert "broken image picture 0.jpg (13400 x 13400 pixels)" in line
+
+
+# Logs
+
+
+def test_progress_in_a_log_file_is_lines_and_no_blanks(tmp_path, monkeypatch):
+    clock = itertools.count(step=40)  # seconds: longer than the pauses between two lines
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    own_pictures(tmp_path / "mine", 4)
+    words = ["--preset", "smoke", "--train_data", tmp_path / "mine", "--output_dir", tmp_path / "mat"]
+    words += ["--epochs", 1, "--batch_size", 2, "--cache_dir", tmp_path / "cache"]
+    _, log = shell("defend_clip_mat_v2.py", *words)
+    assert "train:  50%|" in log and "validate: " in log  # one within the other
+    assert all(line and line == line.strip() and line.isprintable() for line in log.removesuffix("\n").split("\n"))
