@@ -6,6 +6,7 @@ import shutil
 import struct
 import warnings
 
+import pytest
 from conftest import TINY, jsonl, lines_of, metrics, shell
 from PIL import Image
 from test_pictures import caption_of, coco_captions, draw, own_pictures
@@ -167,6 +168,20 @@ def test_ids_of_own_data_in_cocos_form_are_no_leak_and_equal_pictures_are(tmp_pa
         held_out = captions_file(tmp_path / "b", [*range(5, 10), shared])
         _, line = shell("defend_clip_mat_v2.py", *words, held_out, "--overwrite", code=2)
         assert f"pictures/{shared}.png has the same pixels as evaluation image pictures/{shared}.png" in line
+
+
+@pytest.mark.xfail(strict=True, raises=(AssertionError, SystemExit), reason="step 3")
+def test_a_table_of_pictures_that_a_model_was_trained_or_validated_on_is_refused(tmp_path):
+    small = ["--preset", "smoke", "--steps", 1, "--cache_dir", tmp_path / "cache"]
+    words = ["--train_data", own_pictures(tmp_path / "mine", 12, "bmp"), "--max_steps", 1]
+    shell("defend_clip_mat_v2.py", *small, *words, "--output_dir", tmp_path / "mat")
+    small += ["--attack_steps", 1, "--qualities", "--trainings", "--checkpoint", f"own=local-dir:{tmp_path}/mat"]
+    for number in (2, 11):  # trained on, and validated on; as another file, with another caption
+        held_out = captions_file(tmp_path / str(number), [50, 51, 52, number])
+        held_out.write_text(held_out.read_text().replace("thing", "picture"))
+        words = ["--eval_data", held_out, "--output_dir", tmp_path / str(number) / "evaluation"]
+        _, line = shell("evaluate.py", *small, *words, code=2)
+        assert "leakage: own was trained on" in line
 
 
 # Large images
