@@ -68,6 +68,8 @@ TRAININGS = {  # folder: the row, the script that trains it, and its flags
         *("--loss", "contrastive", "--online_steps", 2, "--loss_threshold", 0.1),
     ),
     "online": ("FARE, online", "defend_clip_pgd_v2.py", "--online_steps", 2),
+    "pgd_features": ("features, offline", "defend_clip_pgd_v2.py", "--loss", "features"),
+    "online_features": ("features, online", "defend_clip_pgd_v2.py", "--loss", "features", "--online_steps", 2),
 }
 # of a training: with other values of these it is not the row's, and with other values of those the row is marked
 SAME_TRAINING = ["model", "pretrained", "eps", "seed", "loss", "online_steps"]
