@@ -155,13 +155,30 @@ def test_training_logs_every_step_and_learns_nothing_of_the_evaluation_images(re
     for stage in ("mat", "pgd", "online"):
         record, log = metrics(report[0] / stage), jsonl(report[0] / stage / "log.jsonl")
         assert [entry["step"] for entry in log] == list(range(1, record["steps"] + 1)) and record["steps"] == 6
-        other = "aug_loss" if stage == "mat" else "adv_loss"
-        assert all(entry["loss"] == pytest.approx((entry["clean_loss"] + entry[other]) / 2) for entry in log)
+        losses = {"mat": ["clean_loss", "aug_loss"], "pgd": ["clean_loss", "adv_loss"], "online": ["adv_loss"]}[stage]
+        assert all(entry["loss"] == pytest.approx(np.mean([entry[loss] for loss in losses])) for entry in log)
         falls = record["args"]["lr"] * (1 - np.arange(6) / 6)
         assert [entry["lr"] for entry in log] == pytest.approx(falls)
         assert (len(record["train_ids"]), len(record["val_ids"])) == (TRAIN, VALIDATION)
         evaluated = metrics(report[0] / "evaluation")["coco_ids"]
         assert not {*record["train_ids"], *record["val_ids"]} & {*evaluated}
+
+
+def test_fares_loss_is_the_distance_of_features_before_normalisation_and_of_adversarial_images_alone(report, tmp_path):
+    """arXiv:2402.12336, equation 3; in a first step, whose batch has all images and whose model is the original."""
+    words = ["--preset", "smoke", "--loss", "fare", "--max_steps", 1, "--batch_size", TRAIN, "--output_dir", tmp_path]
+    words += ["--adversarial_dir", report[0] / "adversarial_train", "--cache_dir", report[0] / "cache"]
+    args = defend_clip_pgd_v2.parse_args([*map(str, words)])
+    defend_clip_pgd_v2.main(args)
+    clip = common.load_clip(args)
+    training, _ = common.load_training_sets(args, common.load_training_rows(args), clip.geometry)
+    both = training[:]["pixels"], common.load_adversarial(report[0] / "adversarial_train", training, args)
+    both = ((common.as_images(pixels, clip.device) - clip.mean) / clip.std for pixels in both)
+    with torch.no_grad():
+        clean, adversarial = (clip.model.encode_image(images) for images in both)
+    expected = (adversarial - clean).square().sum(1).mean().item()
+    (entry,) = jsonl(tmp_path / "log.jsonl")
+    assert entry["loss"] == entry["adv_loss"] == pytest.approx(expected, rel=1e-4) and "clean_loss" not in entry
 
 
 def test_trainings_open_in_open_clip_alone_and_only_the_visual_tower_moved(report):
