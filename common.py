@@ -90,7 +90,6 @@ PRESETS = {  # flag: {preset: default}; smoke is tiny but for these
     # points of clean R@1 there, or else of the cheapest, the one with the best white-box R@1, then cosine
     "mat_lr": {"report": 1e-5, "tiny": 4e-4},
     "contrastive_lr": {"report": 1e-5, "tiny": 1e-4},
-    "fare_lr": {"report": 1e-5, "tiny": 1.6e-3},
     "features_lr": {"report": 1e-5, "tiny": 1.6e-3},
     "epochs": {"report": 3, "tiny": 4, "smoke": 2},
 }

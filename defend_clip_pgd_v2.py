@@ -1,34 +1,32 @@
 #!/usr/bin/env python3
 """Caption-aware adversarial training: fine-tune CLIP's visual tower on clean and adversarial images.
 
-Each batch holds every image clean and adversarial, and the loss is the mean of the clean and the adversarial loss; with
---loss fare adversarial alone. Two choices make the trainings, which differ in one thing each:
+Each batch holds every image clean and adversarial; the loss is the mean of the clean and the adversarial loss. Two
+choices make four trainings that differ in one thing each:
 
     --loss contrastive   the symmetric contrastive loss of the batch, as in TeCoA (Mao et al. 2023, arXiv:2212.07016)
-    --loss fare          FARE (Schlarmann et al. 2024, arXiv:2402.12336, equation 3): the squared L2 distance of
-                         adversarial images' features to the original model's of the clean images, both before
-                         normalisation; it uses no captions and trains on adversarial images alone
-    --loss features      the same distance of unit-norm features, of clean images as well, which count for half
+    --loss features      the squared L2 distance to the original model's features of the clean image; it uses no
+                         captions. FARE (Schlarmann et al. 2024, arXiv:2402.12336, equation 3) takes features before
+                         normalisation and adversarial images alone: here features have unit norm, and clean images
+                         count for half of the loss, which was better on the tiny preset (tests/records/README.md)
     --online_steps 0     offline: adversarial images made once against the original model by
                          generate_pgd_adversarial.py, which this script runs first if they are missing. The model can
                          learn them by heart: read the white-box figures, not the transfer ones
     --online_steps K     online: made in each step against the present weights by K steps of PGD (Madry et al. 2018)
                          from noise, which lower the cosine with the own caption (contrastive) or raise the distance
-                         (fare)
+                         (features)
 
 The report's training is the contrastive, offline one, which is the default.
 
     python defend_clip_pgd_v2.py --batch_size 16 --lr 1e-5 --epochs 3 --loss_threshold 0.1
     python defend_clip_pgd_v2.py --preset tiny --online_steps 2
 
-Files written to --output_dir (default runs/<preset>/pgd, pgd_fare, online, online_contrastive):
+Files written to --output_dir (default runs/<preset>/pgd, pgd_features, online, online_contrastive):
     open_clip_model.safetensors, open_clip_config.json   the model after the last epoch, which open_clip opens:
                        open_clip.create_model_and_transforms("local-dir:OUTPUT_DIR")
     log.jsonl          one line per step
     metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
 """
-
-from functools import partial
 
 import torch
 
@@ -38,11 +36,11 @@ from common import contrastive_loss, own_caption, pgd, take
 
 def usual_loss(flags):
     """Return the loss of a training where --loss is not given."""
-    return "fare" if flags.online_steps else "contrastive"
+    return "features" if flags.online_steps else "contrastive"
 
 
 def folder_name(flags):
-    """Return the name of the default output folder: pgd, pgd_fare, online or online_contrastive."""
+    """Return the name of the default output folder: pgd, pgd_features, online or online_contrastive."""
     name = "online" if flags.online_steps else "pgd"
     return name if flags.loss in (None, usual_loss(flags)) else f"{name}_{flags.loss}"
 
@@ -51,7 +49,7 @@ def parse_args(argv=None):
     parser = common.make_parser(__doc__, batch_size=16)
     common.add_train_args(parser)
     flag = parser.add_argument_group("adversarial training (this script only)").add_argument
-    flag("--loss", choices=["contrastive", "fare", "features"], help="default: contrastive, with --online_steps fare")
+    flag("--loss", choices=["contrastive", "features"], help="default: contrastive, with --online_steps features")
     flag("--online_steps", type=common.number(0, 10**6), default=0, help="PGD steps on each batch; 0: offline")
     flag("--adversarial_dir", help="made by --split train; default: adversarial_train beside --output_dir")
 
@@ -62,8 +60,8 @@ def parse_args(argv=None):
     args.loss = args.loss or usual_loss(args)
     if args.online_steps and args.adversarial_dir:
         parser.error("--adversarial_dir is for offline training: leave out either it or --online_steps")
-    if args.loss != "contrastive" and args.loss_threshold:
-        parser.error(f"--loss_threshold is for --loss contrastive: leave out either it or --loss {args.loss}")
+    if args.loss == "features" and args.loss_threshold:
+        parser.error("--loss_threshold is for --loss contrastive: leave out either it or --loss features")
     return args
 
 
@@ -80,10 +78,8 @@ def main(args):
     training_images = common.TrainingImages(training["pixels"], clip.device)
     if folder:
         adversarial_images = common.TrainingImages(common.load_adversarial(folder, training, args), clip.device)
-    unit_norm = args.loss != "fare"
-    if args.loss != "contrastive":
-        encode_image = partial(clip.encode_image, normalize=unit_norm)
-        original_features = clip.encode_pixels(training["pixels"], encode_image)  # (N, D)
+    if args.loss == "features":
+        original_features = clip.encode_pixels(training["pixels"])  # (N, D)
     visual = clip.model.visual
     matrices, others = ([p for p in visual.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -92,13 +88,13 @@ def main(args):
     # as in FARE and TeCoA a few steps must be able to cross the ball, whatever --alpha
     attack = common.Attack(args.eps, max(args.alpha, 2 * args.eps / max(1, args.online_steps)), args.online_steps)
 
-    def distance(image_features, indices):
+    def feature_loss(image_features, indices):
         """Return the squared L2 distance to the original model's features of the clean images, (B,)."""
         return (image_features - take(original_features, indices)).square().sum(-1)
 
     def attack_loss(encode_image, indices):
-        if args.loss != "contrastive":
-            return lambda images: distance(encode_image(images, normalize=unit_norm), indices)
+        if args.loss == "features":
+            return lambda images: feature_loss(encode_image(images), indices)
         return own_caption(take(trainer.text_features, indices), encode_image)
 
     for step, batch, part in trainer:  # indices of the batch's images; positions of this process's images in the batch
@@ -116,24 +112,19 @@ def main(args):
         else:
             images_adv = adversarial_images[batch[part]]
 
-        if args.loss == "fare":
-            (features_adv,) = trainer.encode(len(batch), images_adv, normalize=False)  # (B, D), of all processes
-            losses = {"adv_loss": distance(features_adv, batch).mean()}
+        features = trainer.encode(len(batch), images, images_adv)  # clean, adversarial: (B, D) each, of all processes
+        if args.loss == "features":
+            clean_loss, adv_loss = (feature_loss(x, batch).mean() for x in features)
         else:
-            features = trainer.encode(len(batch), images, images_adv)  # clean, adversarial: (B, D) each
-            if args.loss == "features":
-                clean_loss, adv_loss = (distance(x, batch).mean() for x in features)
-            else:
-                text_features, logit_scale = take(trainer.text_features, batch), clip.model.logit_scale.exp()
-                clean_loss, adv_loss = (contrastive_loss(x, text_features, logit_scale) for x in features)
-            losses = {"clean_loss": clean_loss, "adv_loss": adv_loss}
-        loss = sum(losses.values()) / len(losses)
+            text_features, logit_scale = take(trainer.text_features, batch), clip.model.logit_scale.exp()
+            clean_loss, adv_loss = (contrastive_loss(x, text_features, logit_scale) for x in features)
+        loss = (clean_loss + adv_loss) / 2
 
         optimizer.zero_grad(set_to_none=True)
         (loss * common.PROCESSES).backward()  # each has its own images' part of the gradient; DDP takes the mean
         grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
         optimizer.step()
-        trainer.end_step(loss=loss, **losses, grad_norm=grad_norm)
+        trainer.end_step(loss=loss, clean_loss=clean_loss, adv_loss=adv_loss, grad_norm=grad_norm)
     generation_seconds = 0
     if folder:
         record = common.load_record(folder / "metrics.json")

@@ -5,7 +5,7 @@
     python evaluate.py --reproduce                  # the whole report on CLIP ViT-L/14, on a GPU
     python evaluate.py --checkpoint fare4=hf-hub:chs20/fare4-clip --output_dir runs/report/with_fare
     python evaluate.py --preset tiny --qualities 75 50 30 random --sanity --output_dir runs/tiny/truth
-    python evaluate.py --reproduce --preset tiny --seeds 3 --trainings mat pgd pgd_fare online_contrastive online
+    python evaluate.py --reproduce --preset tiny --seeds 3 --trainings mat pgd pgd_features online_contrastive online
     python evaluate.py --preset tiny --radii 1/255 2/255 4/255 8/255
     python evaluate.py --eval_data my_pictures --model ViT-B-16-quickgelu --output_dir runs/mine/evaluation
 
@@ -62,14 +62,12 @@ REPORT_NAMES = {"contrastive, offline": "caption-aware"}  # where the report has
 TRAININGS = {  # folder: the row, the script that trains it, and its flags
     "mat": ("MAT", "defend_clip_mat_v2.py"),
     "pgd": ("contrastive, offline", "defend_clip_pgd_v2.py", "--loss_threshold", 0.1),
-    "pgd_fare": ("FARE, offline", "defend_clip_pgd_v2.py", "--loss", "fare"),
+    "pgd_features": ("features, offline", "defend_clip_pgd_v2.py", "--loss", "features"),
     "online_contrastive": (
         *("contrastive, online", "defend_clip_pgd_v2.py"),
         *("--loss", "contrastive", "--online_steps", 2, "--loss_threshold", 0.1),
     ),
-    "online": ("FARE, online", "defend_clip_pgd_v2.py", "--online_steps", 2),
-    "pgd_features": ("features, offline", "defend_clip_pgd_v2.py", "--loss", "features"),
-    "online_features": ("features, online", "defend_clip_pgd_v2.py", "--loss", "features", "--online_steps", 2),
+    "online": ("features, online", "defend_clip_pgd_v2.py", "--online_steps", 2),
 }
 # of a training: with other values of these it is not the row's, and with other values of those the row is marked
 SAME_TRAINING = ["model", "pretrained", "eps", "seed", "loss", "online_steps"]

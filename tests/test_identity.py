@@ -27,7 +27,7 @@ EDITS = {  # name: (file, old text, new text, what of it changes)
     "a default flag": ("common.py", '"attack_steps": {"report": 75', '"attack_steps": {"report": 80', []),
     "a figure's colour": ("evaluate.py", "#c44e52", "#c44e53", ["table"]),
     "a training's loss": ("common.py", "F.cross_entropy(logits.T, targets)) / 2", "0) / 2", ["mat", "pgd"]),
-    "FARE's loss": ("defend_clip_pgd_v2.py", ".square().sum(-1)", ".abs().sum(-1)", ["pgd"]),
+    "the loss of features": ("defend_clip_pgd_v2.py", ".square().sum(-1)", ".abs().sum(-1)", ["pgd"]),
     "an augmentation": ("defend_clip_mat_v2.py", "NOISE_SIGMA = 15", "NOISE_SIGMA = 16", ["mat"]),
     "the attack": ("common.py", "better = loss > best_loss", "better = loss < 9", EVERYTHING),
     "JPEG's gradient": ("eval_jpeg.py", "cubic - cubic.detach()", "c - c.detach()", ["rows", "table"]),
@@ -286,7 +286,7 @@ def test_a_further_row_alone_is_attacked_and_none_is_lost(table):
     before, row = metrics(folder / "evaluation"), ["--checkpoint", f"x={other_weights(folder)}"]
     assert measured(run(*row)) == ["x"]
     after = metrics(folder / "evaluation")
-    assert list(after["rows"]) == ["original", "MAT", "contrastive, offline", "FARE, online", "x", "JPEG 50"]
+    assert list(after["rows"]) == ["original", "MAT", "contrastive, offline", "features, online", "x", "JPEG 50"]
     for name, figures in before["rows"].items():
         assert after["rows"][name] == figures and after["per_image"][name] == before["per_image"][name]
     assert measured(run()) == [] and "x" not in metrics(folder / "evaluation")["rows"]
@@ -321,7 +321,7 @@ def test_a_table_made_before_the_trainings_is_completed_by_them(table):
     assert measured(run()) == ["original", "JPEG 50"]
     for stage in ("mat", "pgd", "online"):
         (folder / f"later_{stage}").rename(folder / stage)
-    assert measured(run()) == ["MAT", "contrastive, offline", "FARE, online"]
+    assert measured(run()) == ["MAT", "contrastive, offline", "features, online"]
 
 
 @pytest.mark.parametrize("edited", ["evaluate.Row", "evaluate.draw_table", "defend_clip_pgd_v2.main"])
@@ -339,7 +339,7 @@ def test_other_code_is_measured_again_or_noted_where_it_matters(edited, table, m
     assert record["per_image"] == before["per_image"]
     notes = {name: row["note"] for name, row in record["rows"].items() if row["note"]}
     if edited == "defend_clip_pgd_v2.main":
-        assert list(notes) == ["contrastive, offline", "FARE, online"]
+        assert list(notes) == ["contrastive, offline", "features, online"]
         for note in notes.values():
             assert f"other code ({edited} has changed)" in note and note.endswith("--overwrite")
         assert "\ncontrastive, offline (*)\n" in printed and "(*) contrastive, offline: " in printed

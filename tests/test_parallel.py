@@ -127,7 +127,7 @@ def test_two_processes_print_the_same_table_and_per_image_figures(one, two):
     for key in ("rows", "per_image", "paired", "health", "coco_ids"):
         assert records[0][key] == records[1][key], key
     tables = [(folder / "evaluation" / "table.md").read_text() for folder in (one, two[0])]
-    assert tables[0] == tables[1] and "FARE, online" in tables[0]
+    assert tables[0] == tables[1] and "features, online" in tables[0]
     records = metrics(one / "jpeg"), metrics(two[0] / "jpeg")
     for key in ("qualities", "attack"):
         assert records[0][key] == records[1][key], key

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ import evaluate
 
 STAGES = {"adversarial_train": "generation", "adversarial_eval": "generation", "mat": "training", "pgd": "training"}
 STAGES |= {"online": "training", "evaluation": "evaluation"}
-ROWS = ["original", "MAT", "contrastive, offline", "FARE, online", "JPEG 50"]
+ROWS = ["original", "MAT", "contrastive, offline", "features, online", "JPEG 50"]
 ODD = r"a|b \| `c` *d* <i>e</i> _f_ [g](h) ~~i~~ &amp; $j$"  # a name that Markdown would read as much else
 
 
@@ -136,7 +137,7 @@ def test_training_on_attacked_images_helps_and_its_validation_figures_are_what_t
     folder = report[0]
     rows = metrics(folder / "evaluation")["rows"]
     assert rows["contrastive, offline"]["transfer_similarity"] > rows["original"]["transfer_similarity"] + 0.1
-    assert rows["FARE, online"]["white_box_similarity"] > rows["original"]["white_box_similarity"] + 0.1
+    assert rows["features, online"]["white_box_similarity"] > rows["original"]["white_box_similarity"] + 0.1
     args = mat.parse_args(["--preset", "smoke", "--cache_dir", str(folder / "cache")])
     for stage in ("mat", "pgd", "online"):
         record, clip = metrics(folder / stage), common.load_clip(args, f"local-dir:{folder / stage}")
@@ -155,8 +156,8 @@ def test_training_logs_every_step_and_learns_nothing_of_the_evaluation_images(re
     for stage in ("mat", "pgd", "online"):
         record, log = metrics(report[0] / stage), jsonl(report[0] / stage / "log.jsonl")
         assert [entry["step"] for entry in log] == list(range(1, record["steps"] + 1)) and record["steps"] == 6
-        losses = {"mat": ["clean_loss", "aug_loss"], "pgd": ["clean_loss", "adv_loss"], "online": ["adv_loss"]}[stage]
-        assert all(entry["loss"] == pytest.approx(np.mean([entry[loss] for loss in losses])) for entry in log)
+        other = "aug_loss" if stage == "mat" else "adv_loss"
+        assert all(entry["loss"] == pytest.approx((entry["clean_loss"] + entry[other]) / 2) for entry in log)
         falls = record["args"]["lr"] * (1 - np.arange(6) / 6)
         assert [entry["lr"] for entry in log] == pytest.approx(falls)
         assert (len(record["train_ids"]), len(record["val_ids"])) == (TRAIN, VALIDATION)
@@ -164,21 +165,16 @@ def test_training_logs_every_step_and_learns_nothing_of_the_evaluation_images(re
         assert not {*record["train_ids"], *record["val_ids"]} & {*evaluated}
 
 
-def test_fares_loss_is_the_distance_of_features_before_normalisation_and_of_adversarial_images_alone(report, tmp_path):
-    """arXiv:2402.12336, equation 3; in a first step, whose batch has all images and whose model is the original."""
-    words = ["--preset", "smoke", "--loss", "fare", "--max_steps", 1, "--batch_size", TRAIN, "--output_dir", tmp_path]
-    words += ["--adversarial_dir", report[0] / "adversarial_train", "--cache_dir", report[0] / "cache"]
-    args = defend_clip_pgd_v2.parse_args([*map(str, words)])
-    defend_clip_pgd_v2.main(args)
-    clip = common.load_clip(args)
-    training, _ = common.load_training_sets(args, common.load_training_rows(args), clip.geometry)
-    both = training[:]["pixels"], common.load_adversarial(report[0] / "adversarial_train", training, args)
-    both = ((common.as_images(pixels, clip.device) - clip.mean) / clip.std for pixels in both)
-    with torch.no_grad():
-        clean, adversarial = (clip.model.encode_image(images) for images in both)
-    expected = (adversarial - clean).square().sum(1).mean().item()
-    (entry,) = jsonl(tmp_path / "log.jsonl")
-    assert entry["loss"] == entry["adv_loss"] == pytest.approx(expected, rel=1e-4) and "clean_loss" not in entry
+def test_rates_are_chosen_by_their_cost_and_then_by_the_white_box_figures(tmp_path):
+    script = runpy.run_path(str(TINY / "choose_rates.py"))
+    found = {1: (0.94, 0.1, 0.9), 2: (0.92, 0.3, 0.4), 3: (0.92, 0.3, 0.5), 4: (0.90, 0.5, 0.9)}
+    found = {rate: dict(zip(["clean R@1", "white-box R@1", "white-box cosine"], row)) for rate, row in found.items()}
+    assert [script["choose"](clean, found) for clean in (1.0, 0.97, 0.95)] == [1, 3, 4]
+    words = ["--preset", "smoke", "--trainings", "mat", "--rates", 1e-9, "--num_images", 4, "--output_dir", tmp_path]
+    script["main"](script["parse_args"]([*map(str, words), "--json", str(tmp_path / "rates.json")]))
+    record = json.loads((tmp_path / "rates.json").read_text())
+    row = record["trainings"]["mat"]["mean"]
+    assert row == pytest.approx(record["original"], abs=1e-3) and row["white-box cosine"] < 0  # hardly trained
 
 
 def test_trainings_open_in_open_clip_alone_and_only_the_visual_tower_moved(report):

@@ -141,7 +141,7 @@ def precision(args):
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     flags = evaluate.parse_args([*words, "--precision", "bf16"])
     flags.precision, found = "bf16", {}
-    for name, source in (("original", None), ("FARE, online", f"local-dir:{ROOT}/runs/{words[1]}/online")):
+    for name, source in (("original", None), ("features, online", f"local-dir:{ROOT}/runs/{words[1]}/online")):
         clip = common.load_clip(flags, source)
         clip.precision = "auto"  # goes on where it is refused
         examples = common.load_examples(flags, "eval", common.load_rows(flags, "eval"), clip.geometry)

@@ -86,7 +86,7 @@ def choose(clean, found):
 
 
 def main(args):
-    words = ["--preset", args.preset]
+    words = ["--preset", args.preset, "--cache_dir", str(Path(args.output_dir, "cache"))]
     flags, examples, original = load_row(args, words)
     command = shlex.join(["python", "tests/tiny/choose_rates.py", *sys.argv[1:]])
     record = {"command": command, "commit": common.git_commit(), "n": len(examples), "trainings": {}}
