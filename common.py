@@ -86,8 +86,8 @@ PRESETS = {  # flag: {preset: default}; smoke is tiny but for these
     "val_images": {"report": 250, "tiny": 20, "smoke": 8},
     "steps": {"report": 20, "tiny": 20, "smoke": 8},
     "attack_steps": {"report": 75, "tiny": 75, "smoke": 10},
-    # tiny: chosen from 1e-4, 4e-4, 1.6e-3 and 6.4e-3 on 200 further training images. Of the rates that cost at most 5
-    # points of clean R@1 there, or else of the cheapest, the one with the best white-box R@1, then cosine
+    # tiny: chosen by tests/tiny/choose_rates.py (tests/records/losses.json) from 1e-4, 4e-4, 1.6e-3 and 6.4e-3. Of the
+    # rates that cost at most 5 points of clean R@1, or else of the cheapest, the one with the best white-box R@1
     "mat_lr": {"report": 1e-5, "tiny": 4e-4},
     "contrastive_lr": {"report": 1e-5, "tiny": 1e-4},
     "features_lr": {"report": 1e-5, "tiny": 1.6e-3},
@@ -826,14 +826,12 @@ class Clip(torch.nn.Module):
         self.weights = None  # cast_weights()'s
         self.image_steps, self.attack_seconds = 0, 0.0  # of all attacks
 
-    def encode_image(self, images, normalize=True):
-        """Encode (B, 3, H, W) float32 in [0, 1] to (B, D) float32; differentiable in images and weights.
-
-        normalize   to unit norm; False gives the features before that, as in open_clip's encode_image
+    def encode_image(self, images):
+        """Encode (B, 3, H, W) float32 in [0, 1] to (B, D) float32, unit norm; differentiable in images and weights.
 
         With gradients the products are in bf16 if .bf16 is set; under torch.no_grad() all is fp32.
         """
-        return self.encoder(self.bf16 and torch.is_grad_enabled(), held=False)(images, normalize)
+        return self.encoder(self.bf16 and torch.is_grad_enabled(), held=False)(images)
 
     forward = encode_image  # for DistributedDataParallel
 
@@ -852,10 +850,10 @@ class Clip(torch.nn.Module):
         if tower := fast_tower(self.model.visual, self.mean, self.std, dtype, held):
             return tower
 
-        def encode(images, normalize=True):
+        def encode(images):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                features = self.model.encode_image((images - self.mean) / self.std).float()
-            return F.normalize(features, dim=-1) if normalize else features
+                image_features = self.model.encode_image((images - self.mean) / self.std)
+            return F.normalize(image_features.float(), dim=-1)
 
         return encode
 
@@ -901,8 +899,7 @@ def fast_tower(visual, mean, std, dtype, held):
     dtype     of the blocks' products; pixels, residual stream and norms stay float32: in bf16 they made the gradient of
               some photographs useless
     held      treat the weights as constants, so that only pixels get gradients
-    returns   (B, 3, H, W) in [0, 1], normalize=True -> (B, D), by default of unit norm; None for a tower that is not
-              of the plain kind
+    returns   (B, 3, H, W) in [0, 1] -> (B, D), unit norm; None for a tower that is not of the plain kind
     """
     return run_tower(visual, tower_weights(visual, mean, std, dtype), held) if is_plain(visual) else None
 
@@ -932,7 +929,7 @@ def run_tower(visual, weights, held):
         embedding = [tensor.detach() for tensor in embedding]
         blocks = [tuple(tensor.detach() for tensor in tensors) for tensors in blocks]
 
-    def encode(images, normalize=True):
+    def encode(images):
         x = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, P, P)
         x = F.linear(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), *embedding)  # (B, hw, W)
         x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
@@ -941,8 +938,7 @@ def run_tower(visual, weights, held):
         for i, tensors in enumerate(blocks):
             inputs = x, tensors, *settings, i == len(blocks) - 1
             x = checkpoint(tower_block, *inputs, use_reentrant=False) if again else tower_block(*inputs)
-        features = visual.ln_post(x[:, 0]) @ visual.proj
-        return F.normalize(features, dim=-1) if normalize else features
+        return F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
 
     return encode
 
@@ -2314,16 +2310,11 @@ class Trainer:
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
-    def encode(self, count, *images, normalize=True):
-        """Encode sets of the batch's images, such as clean and adversarial, in one forward pass: [(count, D) of each].
-
-        count       of the images in the batch, over all processes
-        normalize   of Clip.encode_image()
-        """
-        features = self.model(torch.cat(images), normalize=normalize).chunk(len(images))
+    def encode(self, images, images_changed, count):
+        """Encode the batch's clean and its augmented or adversarial images in one forward pass: (count, D) each."""
+        features = self.model(torch.cat([images, images_changed])).chunk(2)
         if PROCESSES > 1:  # the features of the other processes carry no gradient
-            gather_features = partial(open_clip.loss.gather_features, rank=RANK, world_size=PROCESSES)
-            features = [gather_features(x, x)[0] for x in features]
+            features = open_clip.loss.gather_features(*features, rank=RANK, world_size=PROCESSES)
         return [x[:count] for x in features]  # without the padding that made all processes' parts equal
 
     def end_step(self, **figures):

@@ -83,7 +83,7 @@ def main(args):
         draws = draw_augmentations(len(batch), images.shape[1:], generator)
         images_aug = augment(images, *(take(values, part) for values in draws))
 
-        features = trainer.encode(len(batch), images, images_aug)  # clean, augmented: (B, D) each, of all processes
+        features = trainer.encode(images, images_aug, len(batch))  # clean, augmented: (B, D) each, of all processes
         text_features = take(trainer.text_features, batch)
         clean_loss, aug_loss = (contrastive_loss(x, text_features, clip.model.logit_scale.exp()) for x in features)
         loss = (clean_loss + aug_loss) / 2

@@ -112,7 +112,7 @@ def main(args):
         else:
             images_adv = adversarial_images[batch[part]]
 
-        features = trainer.encode(len(batch), images, images_adv)  # clean, adversarial: (B, D) each, of all processes
+        features = trainer.encode(images, images_adv, len(batch))  # clean, adversarial: (B, D) each, of all processes
         if args.loss == "features":
             clean_loss, adv_loss = (feature_loss(x, batch).mean() for x in features)
         else:

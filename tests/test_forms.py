@@ -68,10 +68,6 @@ def test_pixels_and_gradient_are_open_clips_own(name, folder):
     (expected,) = torch.autograd.grad(F.normalize(model.eval().encode_image((x - clip.mean) / clip.std))[0, 0], x)
     (ours,) = torch.autograd.grad(clip.attack_encoder()(x)[0, 0], x)
     assert (ours - expected).norm() <= 1e-4 * expected.norm()
-    with torch.no_grad():
-        expected = model.encode_image((images - clip.mean) / clip.std, normalize=False)
-        for features in (clip.encode_image(images, normalize=False), clip.attack_encoder()(images, normalize=False)):
-            torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(folder):
