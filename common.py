@@ -1046,7 +1046,7 @@ def model_checksums(name, pretrained="", flag="--model"):
             return {name: model_folder(name).name} | file_checksums(files)
         if name.startswith("local-dir:"):
             folder = model_folder(name)
-            configs = ["open_clip_config.json", "config.json", "preprocessor_config.json"]
+            configs = ["open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json"]
             configs += ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
             files += [folder / file for file in configs if (folder / file).is_file()]
             files += [] if pretrained else [weights_file(folder)]
@@ -1097,7 +1097,7 @@ def is_transformers(folder):
 
 
 def config_from_transformers(folder):
-    """Translate config.json and preprocessor_config.json of a transformers CLIPModel into open_clip's configuration."""
+    """Translate the configuration of a transformers CLIPModel into open_clip's."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "clip":
         raise ValueError(f"its config.json is of a {config.get('model_type')!r} model, and only 'clip' can be read")
@@ -1126,20 +1126,41 @@ def config_from_transformers(folder):
     model_cfg = {"embed_dim": config.get("projection_dim", 512), "quick_gelu": activations == {"quick_gelu"}}
     model_cfg |= {"vision_cfg": vision_cfg, "text_cfg": text_cfg}
 
-    file = folder / "preprocessor_config.json"
-    theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    names = {"image_mean": "mean", "image_std": "std"}
-    preprocess_cfg = {ours: theirs[name] for name, ours in names.items() if name in theirs}
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocessing_from_transformers(folder, vision["image_size"])}
+
+
+def preprocessing_from_transformers(folder, image_size):
+    """Translate the preprocessing of a transformers CLIPProcessor into open_clip's; what open_clip lacks is refused."""
+
+    def read(name):
+        return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+
+    # the first is of transformers 5, which prefers it, too; the second of earlier versions
+    theirs = read("processor_config.json").get("image_processor") or read("preprocessor_config.json")
+    theirs = {name: value for name, value in theirs.items() if value is not None}
+    size, crop = theirs.get("size", image_size), image_size
+    size = size if isinstance(size, dict) else {"shortest_edge": size}
+    if theirs.get("do_center_crop", True):
+        crop = theirs.get("crop_size", image_size)
+    squash = size.keys() == {"height", "width"}
+    sizes = {*size.values(), *(crop.values() if isinstance(crop, dict) else [crop])}
+    if sizes != {image_size} or not (squash or size.keys() == {"shortest_edge"}):
+        raise ValueError(f"its images are resized to {size}, cut to {crop}, and its model takes {image_size} pixels")
+    needed = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_pad": False}
+    needed |= {} if squash else {"do_center_crop": True}
+    for name, value in needed.items():
+        if theirs.get(name, value) != value:
+            raise ValueError(f"its images are processed with {name} {theirs[name]}, which open_clip cannot do")
     filters = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
     if theirs.get("resample", 3) not in filters:
-        raise ValueError(f"its preprocessor_config.json resizes by a filter that open_clip lacks, {theirs['resample']}")
-    preprocess_cfg["interpolation"] = filters[theirs.get("resample", 3)]
-    size = theirs.get("size", vision["image_size"])
-    size = size if isinstance(size, dict) else {"shortest_edge": size}
-    if set(size.values()) != {vision["image_size"]}:
-        raise ValueError(f"its images are resized to {size}, and its model takes {vision['image_size']} pixels")
-    preprocess_cfg["resize_mode"] = "shortest" if "shortest_edge" in size else "squash"
-    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+        raise ValueError(f"its images are resized by a filter that open_clip lacks, resample {theirs['resample']}")
+    preprocess_cfg = {"interpolation": filters[theirs.get("resample", 3)]}
+    preprocess_cfg["resize_mode"] = "squash" if squash else "shortest"
+    names = {"image_mean": "mean", "image_std": "std"}
+    preprocess_cfg |= {ours: theirs[name] for name, ours in names.items() if name in theirs}
+    if not theirs.get("do_normalize", True):
+        preprocess_cfg |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    return preprocess_cfg
 
 
 def rename_from_transformers(tensors):

@@ -10,13 +10,15 @@ import sys
 from functools import lru_cache
 from types import SimpleNamespace
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 import transformers
 from conftest import TINY, refusal
 from hub import Repo, serve_hub
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import common
@@ -330,6 +332,50 @@ def test_a_folder_of_transformers_gives_its_features(variant, tmp_path):
     assert clip.geometry.items() >= geometry.items()
 
 
+PROCESSORS = {  # of CLIPProcessor, for images of 32 pixels
+    "not normalised": {"do_normalize": False},
+    "another mean": {"image_mean": [0.5] * 3, "image_std": [0.25] * 3},
+    "squashed": {"size": {"height": 32, "width": 32}, "do_center_crop": False, "crop_size": 224, "resample": 2},
+}
+IMPOSSIBLE = {"do_rescale": False, "rescale_factor": 1 / 127.5, "do_resize": False, "do_center_crop": False}
+IMPOSSIBLE |= {"crop_size": 28, "size": {"shortest_edge": 32, "longest_edge": 32}, "resample": 1, "do_pad": True}
+
+
+def save_processor(folder, **changes):
+    """Save a processor as transformers 5 does, beside what an earlier version has left; returns it."""
+    words = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": 32}
+    images = transformers.CLIPImageProcessorPil(**sizes | changes)
+    processor = transformers.CLIPProcessor(images, transformers.CLIPTokenizer(vocab=words, merges=[]))
+    processor.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(published(32, 32))
+    return transformers.CLIPImageProcessorPil.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("changes", PROCESSORS.values(), ids=PROCESSORS)
+def test_images_are_processed_as_by_transformers_own_processor(changes, tmp_path):
+    model = small_clip({})
+    model.save_pretrained(tmp_path)
+    processor = save_processor(tmp_path, **changes)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
+    clip = load("--model", f"local-dir:{tmp_path}")
+    images = common.as_images(common.to_geometry(clip.geometry)(picture)[None], clip.device)
+    values = processor(picture, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close((images - clip.mean) / clip.std, values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_images_that_transformers_processes_as_open_clip_cannot_are_refused(name, tmp_path, capsys):
+    small_clip({}).save_pretrained(tmp_path)
+    save_processor(tmp_path)
+    file = tmp_path / "processor_config.json"
+    config = json.loads(file.read_text())
+    config["image_processor"][name] = IMPOSSIBLE[name]
+    file.write_text(json.dumps(config))
+    line = refusal(capsys, load, "--model", f"local-dir:{tmp_path}")
+    assert "its images are" in line and str(IMPOSSIBLE[name]) in line
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"model_type": "siglip"}, ["'siglip'"]),
     ({"text_config": SMALL_TEXT | {"hidden_act": "gelu_new"}}, ["activation", "gelu_new"]),
@@ -514,7 +560,7 @@ def test_weights_from_a_file_get_the_preprocessing_of_the_architecture(name, tmp
 # Checksums
 
 CHECKSUMMED = ["open_clip_config.json", "open_clip_model.safetensors", "config.json", "preprocessor_config.json"]
-CHECKSUMMED += ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+CHECKSUMMED += ["processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
 
 
 @pytest.mark.parametrize("name", CHECKSUMMED)
@@ -536,14 +582,3 @@ def test_weights_in_place_of_a_local_models_own_are_checksummed(tmp_path):
     file.write_text("another")
     after = common.model_checksums(f"local-dir:{tmp_path}", str(file))
     assert [path for path in after if after[path] != before[path]] == [str(file)]
-
-
-RESIZED = [({"height": 32, "width": 32}, "squash"), ({"shortest_edge": 32}, "shortest")]
-
-
-@pytest.mark.parametrize(("size", "mode"), RESIZED)
-def test_how_a_transformers_model_resizes_is_read(size, mode, tmp_path):
-    config = {"model_type": "clip", "vision_config": {"image_size": 32, "patch_size": 16}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "preprocessor_config.json").write_text(published(size, 32))
-    assert common.config_from_transformers(tmp_path)["preprocess_cfg"]["resize_mode"] == mode
