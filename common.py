@@ -806,6 +806,7 @@ class Clip(torch.nn.Module):
     precision   the flag; bf16: whether gradients are computed in bfloat16. Scores are always computed in fp32
     geometry    open_clip's preprocessing up to the pixels, as plain values: size, interpolation, resize_mode, ...
     train_ids   set of the COCO ids that its weights were trained on
+    notes       what a reader of its figures must know of its weights, a list of texts
     """
 
     def __init__(self, model, name, model_cfg, tokenizer, device, precision, batch_size, train_ids):
@@ -822,7 +823,7 @@ class Clip(torch.nn.Module):
         self.config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
         for key in ("mean", "std"):  # the normalisation is part of the model: attacks change pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
-        self.text_cache, self.train_ids = {}, train_ids
+        self.text_cache, self.train_ids, self.notes = {}, train_ids, []
         self.weights = None  # cast_weights()'s
         self.image_steps, self.attack_seconds = 0, 0.0  # of all attacks
 
@@ -1040,7 +1041,7 @@ def model_checksums(name, pretrained="", flag="--model"):
 
     flag   the flag that the name comes from, for messages
     """
-    files = [Path(pretrained)] if os.path.isfile(pretrained) else []
+    files = [pretrained] if is_file(pretrained) else []
     with exit_on_error(f"cannot load {flag} {name}"):
         if name.startswith("hf-hub:"):
             return {name: model_folder(name).name} | file_checksums(files)
@@ -1057,12 +1058,29 @@ def source_checksums(source):
     """Return model_checksums() of a row of evaluate.py, from local-dir:, hf-hub: or a file of weights."""
     if source.startswith(SCHEMAS):
         return model_checksums(source, flag="--checkpoint")
-    return file_checksums([Path(source)])
+    with exit_on_error(f"cannot load --checkpoint {source}"):
+        return file_checksums([source])
 
 
 def file_checksums(files):
-    """Return {path: sha256} of files."""
-    return {relative_paths(str(file)): checksum(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+    """Return {file: sha256} of files, or {FILE::PLACE: sha256::PLACE}."""
+    checksums = {}
+    for text in files:
+        file, place = split_place(str(text))
+        mark, about = "" if place is None else f"::{place}", os.stat(file)
+        checksums[relative_paths(f"{Path(file)}{mark}")] = checksum(file, about.st_size, about.st_mtime_ns) + mark
+    return checksums
+
+
+def split_place(text):
+    """Split FILE::PLACE, PLACE one of the sets of weights in the file; of FILE alone the place is None."""
+    file, mark, place = text.partition("::")
+    return (file, place) if mark else (text, None)
+
+
+def is_file(text):
+    """Return whether FILE or FILE::PLACE is there."""
+    return os.path.isfile(split_place(text)[0])
 
 
 def weights_file(folder):
@@ -1164,20 +1182,22 @@ def preprocessing_from_transformers(folder, image_size):
 
 
 def rename_from_transformers(tensors):
-    """Rename the weights of a transformers CLIPModel to open_clip's names: {name: tensor}."""
+    """Rename the weights of a transformers CLIPModel, under any prefix, to open_clip's names: {name: tensor}."""
+    if not any("vision_model.encoder.layers." in name for name in tensors):
+        return tensors
     renames = [
-        (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
-        (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
-        (r"^text_model\.final_layer_norm\.", "ln_final."),
-        (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
-        (r"^text_projection\.weight$", "text_projection"),
-        (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
-        (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
-        (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
-        (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),  # spelt so
-        (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
-        (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
-        (r"^visual_projection\.weight$", "visual.proj"),
+        (r"\btext_model\.embeddings\.token_embedding\.", "token_embedding."),
+        (r"\btext_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
+        (r"\btext_model\.final_layer_norm\.", "ln_final."),
+        (r"\btext_model\.encoder\.layers\.", "transformer.resblocks."),
+        (r"\btext_projection\.weight$", "text_projection"),
+        (r"\bvision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
+        (r"\bvision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
+        (r"\bvision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
+        (r"\bvision_model\.pre_layrnorm\.", "visual.ln_pre."),  # spelt so
+        (r"\bvision_model\.post_layernorm\.", "visual.ln_post."),
+        (r"\bvision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
+        (r"\bvisual_projection\.weight$", "visual.proj"),
         (r"\.layer_norm(1|2)\.", r".ln_\1."),
         (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
         (r"\.mlp\.fc1\.", ".mlp.c_fc."),
@@ -1185,13 +1205,16 @@ def rename_from_transformers(tensors):
     ]
     renamed = {}
     for name, tensor in tensors.items():
+        tensor = tensor.T.contiguous() if name.endswith("_projection.weight") else tensor
         for pattern, ours in renames:
             name = re.sub(pattern, ours, name)
-        renamed[name] = tensor.T.contiguous() if name in ("text_projection", "visual.proj") else tensor
+        renamed[name] = tensor
     for name in [name for name in renamed if ".self_attn.q_proj." in name]:
-        parts = [renamed.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-        renamed[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
-    return renamed  # compare_weights() leaves out the position_ids of old files
+        parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        if all(part in renamed for part in parts):
+            whole = torch.cat([renamed.pop(part) for part in parts])
+            renamed[name.replace("self_attn.q_proj.", "attn.in_proj_")] = whole
+    return renamed
 
 
 def save_model(folder, clip, train_ids):
@@ -1221,8 +1244,8 @@ def shared_preprocessing(name):
 def load_clip(args, source=None):
     """Load the CLIP of --model and --pretrained, or another one.
 
-    source   local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model: of a whole model, or of a visual tower
-             alone, in which case the text tower of --pretrained stays
+    source   local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model, FILE or FILE::PLACE: of a whole model, or
+             of a visual tower alone, in which case the text tower of --pretrained stays
     """
     name, pretrained = args.model, args.pretrained
     if source and source.startswith(SCHEMAS):
@@ -1230,21 +1253,29 @@ def load_clip(args, source=None):
     torch.manual_seed(args.seed)  # so that --pretrained random gives every script the same weights
     names = f"--model {name} --pretrained {pretrained!r}"
     with exit_on_error(f"cannot load {names}; open_clip.list_pretrained() lists both"):
+        if "/" in pretrained:
+            os.stat(split_place(pretrained)[0])  # its error says why there is no such file
         make = model_from_folder if name.startswith(SCHEMAS) else model_by_name
         model, model_cfg, tokenizer, weights = make(name, pretrained)
-    train_ids = set()
-    for file in [weights, source and Path(source)]:
+    train_ids, notes = set(), []
+    for file, tower_alone in ((weights, False), (source, True)):
         if file:
             with exit_on_error(f"cannot use {file}"):
-                train_ids |= load_weights(model, file, tower_alone=file is not weights)
+                ids, unused = load_weights(model, str(file), tower_alone)
+            train_ids |= ids
+            if unused:
+                notes.append(f"{unused} in the file of its weights is not used")
+                print(f"note: {file}: {unused} is not used")
     with exit_on_error(f"cannot use {source or weights or pretrained} for {name}"):
         device = pick_device(args.device)
-        return Clip(model, name, model_cfg, tokenizer, device, args.precision, args.batch_size, train_ids)
+        clip = Clip(model, name, model_cfg, tokenizer, device, args.precision, args.batch_size, train_ids)
+    clip.notes = notes
+    return clip
 
 
 def model_from_folder(name, pretrained):
     """Return the model of local-dir: or hf-hub:, without weights, its configuration, tokenizer and file of weights."""
-    if pretrained and pretrained != "random" and not os.path.isfile(pretrained):
+    if pretrained and pretrained != "random" and not is_file(pretrained):
         raise ValueError("such a model brings its weights: leave --pretrained out, or give a file or 'random'")
     folder = model_folder(name)
     config = read_config(folder)
@@ -1260,7 +1291,7 @@ def model_from_folder(name, pretrained):
         tokenizer = load_tokenizer(files, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
     else:
         tokenizer = open_clip.SimpleTokenizer(**options)
-    weights = Path(pretrained) if os.path.isfile(pretrained) else None if pretrained else weights_file(folder)
+    weights = pretrained if is_file(pretrained) else None if pretrained else weights_file(folder)
     return model, config["model_cfg"], tokenizer, weights
 
 
@@ -1272,25 +1303,27 @@ def load_tokenizer(source, **options):
 
 def model_by_name(name, pretrained):
     """Return the model of an open_clip name, its configuration, its tokenizer, and a file of weights or None."""
-    name = name.replace("/", "-")  # open_clip takes ViT-B/32, too
-    tag, is_file = open_clip.get_pretrained_cfg(name, pretrained), os.path.isfile(pretrained)
+    folder, name = name, name.replace("/", "-")  # open_clip takes ViT-B/32, too
+    tag, from_file = open_clip.get_pretrained_cfg(name, pretrained), is_file(pretrained)
     model_cfg = open_clip.get_model_config(name)
+    if not model_cfg:
+        raise ValueError(f"no model has this name; for a folder write local-dir:{folder}")
     quick_gelu = tag.get("quick_gelu", False)
     if tag and quick_gelu != model_cfg.get("quick_gelu", False):  # open_clip only warns
         other = f"{name}-quickgelu" if quick_gelu else name.removesuffix("-quickgelu")
         raise ValueError(f"they disagree on QuickGELU, and features would be wrong: use --model {other}")
-    if is_file or pretrained == "random":
+    if from_file or pretrained == "random":
         preprocess_cfg = shared_preprocessing(name)
         model = open_clip.create_model(name, load_weights=False, force_preprocess_cfg=preprocess_cfg)
-        if is_file and not preprocess_cfg:
+        if from_file and not preprocess_cfg:
             print(f"note: the published weights of {name} do not agree on a preprocessing; OpenAI's is used here.")
             print("To use another, put it into the open_clip_config.json of a folder and give that as local-dir:DIR")
-        if is_file:
+        if from_file:
             activation = "QuickGELU, as OpenAI's weights need it" if model_cfg.get("quick_gelu") else "GELU"
             print(f"note: {name} computes {pretrained} with {activation}; the file does not say whether that is right")
     else:
         model = open_clip.create_model(name, pretrained, require_pretrained=True)
-    return model, model_cfg, open_clip.get_tokenizer(name), Path(pretrained) if is_file else None
+    return model, model_cfg, open_clip.get_tokenizer(name), pretrained if from_file else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1298,35 +1331,51 @@ def model_by_name(name, pretrained):
 
 
 def load_weights(model, file, tower_alone=False):
-    """Load a file of weights into a model, without running code from it; return the COCO ids that it was trained on.
+    """Load a file of weights into a model, without running code from it.
 
-    file          .safetensors, or written by torch.save: tensors in dictionaries of any depth, under any prefix
+    file          FILE or FILE::PLACE: .safetensors, or written by torch.save. The tensors may stand in dictionaries of
+                  any depth, under any prefix, which together are their place; PLACE chooses between different ones
     tower_alone   whether a visual tower without a text tower is enough
+    returns       the COCO ids that it was trained on; the name of the first tensor that is left out, or None
     """
-    saved, train_ids = read_tensors(file)
-    if is_transformers(file.parent) and file.name in WEIGHTS:
-        saved = rename_from_transformers(saved)
-    names = [name for _, tensors in tensor_dicts(saved) for name in tensors]
-    wholes, towers = find_weights(saved, model), find_weights(saved, model.visual)
-    fits = [fit for fit in wholes if not fit.problem]
-    if not fits and any(not fit.problem for fit in towers):
-        fits = [fit for fit in towers if not fit.problem]
-        if has_text_weights(names):
-            reason = f": {closest(wholes).problem}" if wholes else ""
-            raise ValueError(f"its visual tower fits, but its text weights do not{reason}")
-        if not tower_alone:
-            raise ValueError(f"it is a visual tower alone, which can be a row: evaluate.py --checkpoint NAME={file}")
-    if not fits and any("vision_model.encoder" in name for name in names):
-        raise ValueError("it is in transformers' format, which is read from its folder: local-dir:DIR")
-    if not fits and names and not wholes + towers:
-        raise ValueError(f"it holds {len(names)} tensors, such as {names[0]:.60}, and none of the model's")
+    path, chosen = split_place(file)
+    saved, train_ids = read_tensors(path)
+    tensors = rename_from_transformers(flatten(saved))
+    if not tensors:
+        raise ValueError("it holds no tensors")
+    if any(".lora_" in name for name in tensors):
+        raise ValueError("it holds factors of LoRA: merge them into the weights first")
+    fits, problems = find_weights(tensors, model)
     if not fits:
-        raise ValueError(closest(wholes + towers).problem if names else "it holds no tensors")
-    if len(fits) > 1:
-        print(f"note: {file} has weights that fit at {fits[0].where!r} and at {fits[1].where!r}: the first are used")
-    target = model if fits[0] in wholes else model.visual
-    target.load_state_dict(fits[0].state)
-    return train_ids
+        held = f"it holds {len(tensors)} tensors, such as {next(iter(tensors)):.60}, and none of the model's"
+        raise ValueError(problems.get(model) or problems.get(model.visual) or held)
+    choice = f"choose {' or '.join(f'{path}::{place}' for place in fits)}"
+    if chosen is not None and chosen not in fits:
+        raise ValueError(f"nothing that fits is at {chosen!r}; {choice}")
+    wholes = [place for place, (module, _) in fits.items() if module is model]
+    places = [chosen] if chosen is not None else wholes or [*fits]  # a whole model goes before a tower
+    module, state = fits[places[0]]
+    if not all(equal_tensors(state, fits[place][1]) for place in places[1:]):
+        raise ValueError(f"it holds different weights; {choice}")
+
+    known = places if chosen is None else fits  # a place that the user has not chosen needs no note
+    known = {place + name for place in known for name in tensors_at(place, tensors)}
+    unused = [name for name, tensor in tensors.items() if tensor.is_floating_point() and name not in known]
+    text = [name for name in unused if re.search(r"\btext|token_embedding|word_embeddings", name)]
+    if module is not model and chosen is None and text:
+        raise ValueError(problems.get(model) or f"it holds text weights, such as {text[0]}, but no logit_scale")
+    if module is not model and not tower_alone:
+        raise ValueError(f"it is a visual tower alone, which can be a row: evaluate.py --checkpoint NAME={file}")
+    module.load_state_dict(state)
+    return train_ids, next(iter(unused), None)
+
+
+# what training scripts save beside tensors: their flags, numpy's numbers, and paths, which become PurePosixPath here
+HARMLESS = [argparse.Namespace, np.dtype]
+HARMLESS += {type(np.dtype(kind)) for kind in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]}
+HARMLESS += [(np._core.multiarray.scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
+PATHS = "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"
+HARMLESS += [(PurePosixPath, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in PATHS]
 
 
 def read_tensors(file):
@@ -1335,7 +1384,7 @@ def read_tensors(file):
         start = opened.read(64)
     if start.startswith(b"version https://git-lfs"):
         raise ValueError("it is a Git LFS pointer, not the weights: git lfs pull")
-    if file.suffix == ".safetensors":
+    if start[8:9] == b"{":  # safetensors: after the length of a header in JSON
         with safetensors.safe_open(file, "pt") as opened:
             train_ids = json.loads((opened.metadata() or {}).get("train_ids", "[]"))
             return {key: opened.get_tensor(key) for key in opened.keys()}, {int(i) for i in train_ids}  # noqa: SIM118
@@ -1344,90 +1393,83 @@ def read_tensors(file):
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise ValueError("it is a TorchScript archive, like OpenAI's, and holds code: use --pretrained openai")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in which training scripts save their flags
+        with torch.serialization.safe_globals(HARMLESS):
             saved = torch.load(file, "cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its message advises to allow code
+    except (pickle.UnpicklingError, RuntimeError):  # the messages are long, and one advises to allow code
         raise ValueError("it holds code, or objects that are not plain tensors, or is damaged") from None
     if not isinstance(saved, dict):
         raise ValueError(f"it holds a {type(saved).__name__}, not a dictionary of tensors")
     return saved, {int(i) for i in saved.get("train_ids", ())}
 
 
-@dataclass
-class Fit:
-    """How well the tensors with one prefix fit a module."""
-
-    where: str  # keys of the nested dictionaries, then the prefix
-    state: dict  # {the module's name: tensor}
-    count: int  # names that are there in the right shape
-    problem: str  # why they do not fit, or ''
-
-
-def find_weights(saved, module):
-    """Compare a module with every set of tensors in saved that may be its own: [Fit], in the order of the file."""
-    wanted, fits = list(module.state_dict()), []
-    anchor = "logit_scale" if "logit_scale" in wanted else wanted[0]  # a name that occurs once in each whole set
-    for where, tensors in tensor_dicts(saved):
-        for key in tensors:
-            prefix = key.removesuffix(anchor)
-            if key.endswith(anchor) and (not prefix or prefix.endswith(".")):
-                state = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-                fits.append(compare_weights(where + prefix, convert_weights(state, module), module))
-    return fits
+def flatten(saved, where=""):
+    """Return the tensors in nested dictionaries and lists, those of an optimizer aside: {'state_dict/proj': tensor}."""
+    tensors = {}
+    if isinstance(saved, dict) and "param_groups" in saved:
+        return tensors
+    for key, value in saved.items() if isinstance(saved, dict) else enumerate(saved):
+        if isinstance(value, torch.Tensor):
+            tensors[f"{where}{key}"] = value
+        elif isinstance(value, (dict, list, tuple)):
+            tensors |= flatten(value, f"{where}{key}/")
+    return tensors
 
 
-def tensor_dicts(saved, where=""):
-    """Yield (where, {name: tensor}) for saved and for every dictionary inside it that holds tensors."""
-    tensors = {key: value for key, value in saved.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
-    if tensors:
-        yield where, tensors
-    for key, value in saved.items():
-        if isinstance(value, dict):
-            yield from tensor_dicts(value, f"{where}{key}/")
+def find_weights(tensors, model):
+    """Look for a model and for its visual tower: {place: (module, its state dict)}, {module: why one does not fit}."""
+    fits, problems = {}, {}
+    for module in (model, model.visual):
+        anchor = "logit_scale" if module is model else next(iter(module.state_dict()))  # a name of each set of weights
+        names = [name for name in tensors if re.search(rf"(^|[./]){re.escape(anchor)}$", name)]
+        for place in [name.removesuffix(anchor) for name in names]:
+            if place.removesuffix("visual.") in fits:
+                continue  # the tower of a whole model
+            state = convert_weights(tensors_at(place, tensors), module)
+            problem = misfit(state, module)
+            if problem:
+                problems.setdefault(module, problem)
+            else:
+                fits[place] = module, state
+    return fits, problems
+
+
+def tensors_at(place, tensors):
+    """Return the tensors of one dictionary under one prefix, {name without the place: tensor}."""
+    found = {name[len(place) :]: tensor for name, tensor in tensors.items() if name.startswith(place)}
+    return {name: tensor for name, tensor in found.items() if "/" not in name}
 
 
 def convert_weights(state, module):
     """Convert tensors as open_clip does when it loads a file: old names, and the shape of logit_scale."""
-    if "logit_scale" not in state or not hasattr(module, "logit_scale"):
+    constants = "position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size"  # the last are OpenAI's
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(constants)}
+    if not hasattr(module, "logit_scale"):
         return state
     state = open_clip.convert.convert_state_dict(module, state)
     if "positional_embedding" in state and not hasattr(module, "positional_embedding"):
         state = open_clip.model.convert_to_custom_text_state_dict(state)
     if module.logit_bias is not None:
-        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
+        state.setdefault("logit_bias", torch.zeros(()))
         state["logit_bias"] = state["logit_bias"].reshape(module.logit_bias.shape)
     state["logit_scale"] = state["logit_scale"].reshape(module.logit_scale.shape)
     return state
 
 
-def compare_weights(where, state, module):
-    """Return the Fit of a state dict: it needs all names of the module in its shapes, and no others in its parts."""
-    wanted = module.state_dict()
-    fitting = [name for name in wanted if name in state and state[name].shape == wanted[name].shape]
-    further = [name for name in state if name not in wanted and "." in name and hasattr(module, name.split(".")[0])]
-    further = [name for name in further if not name.endswith(("position_ids", "attn_mask"))]  # constants
-    problem = ""
-    if len(fitting) < len(wanted):
-        name = next(name for name in wanted if name not in fitting)
-        shapes = f"{[*state[name].shape]}, not {[*wanted[name].shape]}" if name in state else "missing"
-        problem = f"{name} is {shapes}"
-        if name in state and "positional_embedding" in name and len(fitting) > len(wanted) / 2:
-            problem += ": another input size"
-    elif further:
-        problem = f"{further[0]} is not in the model"
-    if problem:
-        problem = f"{len(fitting)} of {len(wanted)} keys fit; {problem}"
-    return Fit(where, {name: state[name] for name in fitting}, len(fitting), problem)
+def misfit(state, module):
+    """Return why tensors are not the weights of a module, all of its names in its shapes and no others, or None."""
+    found, wanted = ({name: [*value.shape] for name, value in each.items()} for each in (state, module.state_dict()))
+    wrong = [name for name in wanted | found if found.get(name) != wanted.get(name)]
+    if not wrong:
+        return None
+    name = wrong[0]
+    hint = " (another input size)" if len(wrong) == 1 and name.endswith("positional_embedding") else ""
+    first = f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'in the model')}{hint}"
+    return f"{len(wrong)} of {len(wanted | found)} keys do not fit: {first}"
 
 
-def closest(fits):
-    """Return the Fit with the most matching names."""
-    return max(fits, key=lambda fit: fit.count)
-
-
-def has_text_weights(names):
-    """Return whether tensors of these names include a text tower of any kind."""
-    return any(re.search(r"\btext|token_embedding|word_embeddings", name) for name in names)
+def equal_tensors(one, other):
+    """Return whether two dictionaries hold the same tensors, of any floating type."""
+    return one.keys() == other.keys() and all(torch.equal(one[name].float(), other[name].float()) for name in one)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -88,8 +88,11 @@ def checkpoint(text):
     source = common.expand_home(source)
     if "+" in name:
         raise argparse.ArgumentTypeError(f"{name!r} has a +, which joins the steps of --defence: choose another name")
-    if not name or not (source.startswith(("local-dir:", "hf-hub:")) or Path(source).is_file()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=a file, NAME=local-dir:DIR or NAME=hf-hub:ORG/NAME")
+    file, _ = common.split_place(source)
+    readable = os.path.isfile(file) and os.access(file, os.R_OK)
+    if not name or not (source.startswith(common.SCHEMAS) or readable):
+        forms = "NAME=a file that can be read, NAME=local-dir:DIR or NAME=hf-hub:ORG/NAME"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {forms}")
     return name, source
 
 
@@ -103,7 +106,7 @@ def parse_args(argv=None):
     flag("--qualities", type=jpeg_quality, nargs="*", default=[75, 50, 30], help=qualities)
     jpeg_row = "a row: JPEG of quality Q in front of the model of another row; repeatable"
     flag("--defence", action="append", default=[], metavar="MODEL+jpegQ", help=jpeg_row)
-    model = "a row: a file of weights for --model, local-dir:DIR or hf-hub:ORG/NAME; repeatable"
+    model = "a row: weights for --model, FILE or FILE::PLACE, or local-dir:DIR or hf-hub:ORG/NAME; repeatable"
     flag("--checkpoint", action="append", default=[], type=checkpoint, metavar="NAME=PATH_OR_MODEL", help=model)
     flag("--adversarial_dir", help="transferred images, of generate_pgd_adversarial.py --split eval")
     flag = parser.add_argument_group("measuring").add_argument
@@ -327,6 +330,11 @@ def load_row(args, name, spec, original, examples):
     """Load the model of a row, and the original row's images in that model's geometry."""
     clip = load_clip(args, spec.source)
     check_leakage(name, clip, examples)
+    weights = [each.model.state_dict() for each in (clip, original.clip)]
+    for state in weights:
+        state.pop("logit_scale", None)  # moves no cosine
+    if common.equal_tensors(*weights):
+        clip.notes.append("its weights are the original model's")
     row = replace(original, name=name, clip=clip, qualities=spec.qualities)
     if clip.geometry != original.clip.geometry:  # transferred images reach it as files, which it resizes
         rows = examples.with_format(None).remove_columns("pixels")
@@ -701,7 +709,9 @@ def summarise_rows(record, specs, seed):
         seconds = [specs[name].seconds for name in members]
         rows[row]["training_seconds"] = None if None in seconds else float(np.mean(seconds))
         rows[row]["precision"] = ", ".join(sorted({record["precision"][name]["precision"] for name in members}))
-        rows[row]["note"] = next((specs[name].note for name in members if specs[name].note), None)
+        notes = [note for name in members for note in record["notes"].get(name, [])]
+        notes += [specs[name].note for name in members if specs[name].note][:1]
+        rows[row]["note"] = "; ".join(dict.fromkeys(notes)) or None
         rows[row]["members"] = members
     return rows
 
@@ -1169,7 +1179,7 @@ def draw_curves(path, curves, count):
 
 
 # of metrics.json, each {name: ...}
-MEASURED = ["keys", "per_image", "precision", "chance", "convergence", "health", "sanity", "radii"]
+MEASURED = ["keys", "per_image", "precision", "chance", "notes", "convergence", "health", "sanity", "radii"]
 OPTIONAL = ["sanity", "radii"]  # of these what --sanity and --radii ask for
 OPTIONAL_PARTS = {"sanity": "sanity", "radii": "radii", "radii code": "radii"}  # part of a row's key -> what it is for
 
@@ -1289,6 +1299,7 @@ def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
             record["per_image"][name], record["health"][name] = measured.conditions, measured.health
             record["convergence"][name] = measured.convergence
             record["precision"][name], record["chance"][name] = measured.precision, measured.chance
+            record["notes"][name] = row.clip.notes
             if not common.RANK:
                 save_white_box(run.dir / "white_box" / image_folder(name), measured, examples)
             if name == "original":

@@ -29,7 +29,7 @@ from conftest import TINY, refusal
 from hypothesis import HealthCheck, configuration, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 
@@ -251,7 +251,22 @@ CASES += [
 
 SAFETENSORS = TINY / "clip" / "open_clip_model.safetensors"
 STATE = load_file(SAFETENSORS)
-TOWER = {key.removeprefix("visual."): value for key, value in STATE.items() if key.startswith("visual.")}
+
+
+def tower(state=STATE):
+    return {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+
+
+def deeper(prefix, layers):
+    """The tiny CLIP with the last layer of a tower repeated."""
+    last, added = (f"{prefix}transformer.resblocks.{layer}." for layer in (layers - 1, layers))
+    return STATE | {key.replace(last, added): value for key, value in STATE.items() if key.startswith(last)}
+
+
+SHALLOWER = {key: value for key, value in STATE.items() if ".resblocks.3." not in key}
+WIDE = STATE | {"visual.positional_embedding": torch.zeros(17, 128)}
+UNRELATED = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).state_dict()
+LORA = {"base_model.model.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 128)}
 
 
 def weights(key=None, change=None, **entries):
@@ -273,22 +288,50 @@ def code_in(file, up=1, save=torch.save):
     save({"state_dict": {"visual.proj": type("Code", (), {"__reduce__": lambda _: touch})()}}, file)
 
 
+def torchscript(file):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(file))
+
+
+def safetensors_as_pt(file, **entries):
+    save_file(STATE | entries, file)
+
+
 NONE = "cannot use"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1710540580\n"
 OLD = partial(code_in, save=lambda value, file: file.write_bytes(pickle.dumps(value)))
 FILES = {  # name of the file -> (how it is written, what is said)
     "code.pt": (code_in, "code"),
-    "code.safetensors": (OLD, NONE),
-    "cut.pt": (lambda file: (weights()(file), halve(file)), NONE),
+    "code.safetensors": (OLD, "code"),
+    "object.pt": (content({"state_dict": STATE, "args": SimpleNamespace()}), "not plain tensors"),
+    "cut.pt": (lambda file: (weights()(file), halve(file)), "damaged"),
     "cut.safetensors": (lambda file: (shutil.copy(SAFETENSORS, file), halve(file)), NONE),
-    "text.pt": (content(b"<html>404</html>\n"), NONE),
+    "text.pt": (content(b"<html>404</html>\n"), "damaged"),
+    "pointer.pt": (content(LFS), "it is a Git LFS pointer, not the weights: git lfs pull"),
+    "script.pt": (torchscript, "it is a TorchScript archive, like OpenAI's, and holds code: use --pretrained openai"),
     "long_header.safetensors": (content(struct.pack("<Q", 2**60) + b"{}"), NONE),
-    "narrow.pt": (weights("visual.proj", lambda value: value[:, :64]), NONE),
-    "stretched.pt": (weights("visual.positional_embedding", lambda x: torch.cat([x, x[1:]])), "input size"),
+    "empty.pt": (content({"epoch": 3, "state_dict": {}}), "it holds no tensors"),
+    "tensor.pt": (content(torch.zeros(3)), "it holds a Tensor, not a dictionary"),
+    "foreign.pt": (content(UNRELATED), "it holds 7 tensors, such as 0.weight, and none of the model's"),
+    "lora.pt": (content(LORA), "merge"),
+    "narrow.pt": (weights("visual.proj", lambda value: value[:, :64]), "visual.proj is [128, 64], not [128, 128]"),
+    "wide.pt": (content({"model": WIDE}), "1 of 86 keys do not fit: visual.positional_embedding is [17, 128], not [65"),
+    "wide_tower.pt": (content(tower(WIDE)), "another input size"),
     "other_text.pt": (weights("positional_embedding", lambda x: x[:, :32]), "input size"),
-    "foreign.pt": (content({"fc.weight": torch.zeros(2, 2)}), NONE),
+    "other_words.pt": (weights("token_embedding.weight", lambda x: x[:9]), "token_embedding.weight is [9, 64]"),
+    "no_scale.pt": (content({key: STATE[key] for key in STATE if key != "logit_scale"}), "but no logit_scale"),
+    "deeper.pt": (content(deeper("visual.", 4)), "visual.transformer.resblocks.4.attn.in_proj_bias is [384], not in"),
+    "deeper_tower.pt": (content(tower(deeper("visual.", 4))), "resblocks.4.attn.in_proj_bias is [384], not in"),
+    "deeper_text.pt": (content(deeper("", 2)), "transformer.resblocks.2.attn.in_proj_bias is [192], not in the model"),
+    "shallower.pt": (content(SHALLOWER), "visual.transformer.resblocks.3.ln_1.weight is missing, not [128]"),
+    "shallower_tower.pt": (content(tower(SHALLOWER)), "resblocks.3.ln_1.weight is missing, not [128]"),
+    "registers.pt": (content(tower() | {"register_tokens": torch.zeros(4, 128)}), "register_tokens is [4, 128]"),
+    "normalised.pt": (content(STATE | {"normalize.mean": torch.zeros(3)}), "normalize.mean is [3], not in the model"),
+    "long.ckpt": (partial(safetensors_as_pt, positional_embedding_res=torch.zeros(9)), "positional_embedding_res is"),
     "bad_ids.pt": (weights(train_ids=["x"]), NONE),
     "nan.pt": (weights("visual.proj", lambda value: value * torch.nan), "finite"),
-    "tower.pt": (content(TOWER), NONE),
+    "tower.pt": (content(tower()), "evaluate.py --checkpoint NAME="),
 }
 ROWS = ["code.pt", "cut.safetensors", "text.pt", "foreign.pt", "nan.pt"]  # that evaluate.py is given as a row, too
 CONFIGS = {  # what of the configuration is replaced -> by what
@@ -329,8 +372,9 @@ CASES += [refuses(f"model folder, {new!r}", model_folder(old, new), "local-dir:"
 CASES += [
     refuses("model folder, code", model_folder(), "clip/open_clip_pytorch_model.bin", "code"),
     weights_case(GENERATE, "sound.safetensors", partial(shutil.copy, SAFETENSORS), check=same_figures),
+    weights_case(GENERATE, "safetensors.ckpt", partial(shutil.copy, SAFETENSORS), check=same_figures),
     weights_case(GENERATE, "fp64.pt", content({key: x.double() for key, x in STATE.items()}), check=same_figures),
-    weights_case(EVALUATE, "tower.pt", content(TOWER), check=finished),
+    weights_case(EVALUATE, "tower.pt", content(tower()), check=finished),
     weights_case(GENERATE, "big.pt", weights("visual.ln_post.weight", lambda x: x.float() * 1e38), "finite", late=True),
     weights_case(GENERATE, "loud.pt", weights("text_projection", lambda x: x.float() * 1e38), "captions"),
     weights_case(EVALUATE, "leaked.pt", weights(train_ids=[357100]), "leakage: other"),
@@ -619,6 +663,7 @@ def test_hostile_input(case, shared, tmp_path, request, monkeypatch, capsys, rec
         line = refusal(capsys, *((parse, words) if case.parsed else (run, case.script, words)))
         assert line.startswith(f"{case.script}.py: error: ") and line.isprintable()
         assert all(said.format(tmp=tmp_path) in line for said in case.said) and ".arrow" not in line, line
+        assert not case.name.startswith("weights") or len(line.replace(f"{tmp_path}/", "")) <= 200, line
         if case.late:
             assert not finished_run.exists() and (place.out / "keep.txt").read_text() == "not ours"
         else:

@@ -1,13 +1,13 @@
-"""Models from elsewhere: checkpoints as people save them, transformers' and Delta-CLIP's folders, what is refused, and
-the preprocessing and checksums that go with them."""
+"""Models from elsewhere: checkpoints as people save them, transformers' and Delta-CLIP's folders, and the preprocessing
+and checksums that go with them. What is refused stands in test_hostile.py."""
 
 import argparse
-import io
 import json
 import os
 import subprocess
 import sys
 from functools import lru_cache
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,13 +15,14 @@ import open_clip
 import pytest
 import torch
 import transformers
-from conftest import TINY, refusal
+from conftest import TINY, metrics, refusal, shell
 from hub import Repo, serve_hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import common
+import evaluate
 
 CAPTIONS = ["a cat sleeps", "two dogs on the beach, at noon"]
 OPENAI = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
@@ -37,9 +38,7 @@ def one_tokenizer():
 
 
 def load(*words, source=None):
-    words = ["--preset", "tiny", *map(str, words)]
-    args = common.parse_flags(common.make_parser(""), words, lambda _: "x", lambda _: "eval")
-    return common.load_clip(args, source and str(source))
+    return common.load_clip(evaluate.parse_args(["--preset", "tiny", *map(str, words)]), source and str(source))
 
 
 @torch.no_grad()
@@ -83,36 +82,45 @@ def under(prefix, state):
     return {prefix + key: value for key, value in state.items()}
 
 
-def tecoa(state):
+def optimizer(lr):
+    """The state of an optimizer, whose tensors are no weights of a model."""
+    return {"state": {0: {"step": torch.tensor(5.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": lr}]}
+
+
+def tecoa(state, **further):
     kind = "clip" if "logit_scale" in state else "vision_encoder"
-    return {"epoch": 3, "state_dict": {}, f"{kind}_state_dict": state}
+    best = {"best_acc1": np.float64(52.5), "optimizer": optimizer(np.float64(1e-5))}
+    return {"epoch": 3, "state_dict": further, "add_prompter": bool(further), f"{kind}_state_dict": state} | best
 
 
 def lightning(state):
-    moments = {0: {"step": torch.tensor(5.0), "exp_avg": torch.zeros(3)}}
-    optimizer = {"state": moments, "param_groups": [{"lr": 1e-5, "params": [0]}]}
-    return {"epoch": 1, "state_dict": under("model.", state), "optimizer_states": [optimizer], "optimizer": optimizer}
+    folder = {"folder": Path("runs"), "cache": PureWindowsPath("C:/cache"), "epochs": np.int64(3)}
+    entries = {"hyper_parameters": folder, "optimizer_states": [optimizer(1e-5)]}
+    return {"epoch": 1, "state_dict": under("model.", state)} | entries
 
 
 FORMATS = {
     "a bare state dict": dict,
     "state_dict": lambda state: {"state_dict": state},
     "model_state_dict": lambda state: {"args": argparse.Namespace(lr=1e-5), "model_state_dict": state},
-    "module.": lambda state: {"state_dict": under("module.", state)},
+    "module.": lambda state: {"state_dict": under("module.", state), "optimizer": optimizer(np.float64(1e-5))},
     "_orig_mod.": lambda state: under("_orig_mod.", state),
+    "a list": lambda state: {"models": [state]},
+    "equal twice": lambda state: {"model": state, "ema": under("module.", state)},
     "lightning": lightning,
     "TeCoA": tecoa,
     "safetensors": None,
+    "safetensors as .ckpt": None,
 }
 
 
 def write(file, state, kind):
     """Save a state dict in one of FORMATS; returns the file."""
-    if kind == "safetensors":
-        file = file.with_suffix(".safetensors")
-        save_file(state, file)
-    else:
+    if FORMATS[kind]:
         torch.save(FORMATS[kind](state), file)
+    else:
+        file = file.with_suffix(".ckpt" if "ckpt" in kind else ".safetensors")
+        save_file(state, file)
     return file
 
 
@@ -123,6 +131,7 @@ def test_a_whole_model_in_any_format_is_loaded_as_a_row_and_as_pretrained(kind, 
         assert_same(image_features(clip, other.images), other.changed_images)
         assert_same(clip.encode_text(CAPTIONS), other.changed_texts)
         assert_same(clip.model.logit_scale, other.state["logit_scale"])
+        assert clip.notes == []
 
 
 @pytest.mark.parametrize("kind", [*FORMATS, "visual."])
@@ -135,6 +144,7 @@ def test_a_visual_tower_in_any_format_is_loaded_as_a_row_and_keeps_the_text_towe
     clip = load(source=file)
     assert_same(image_features(clip, other.images), other.changed_images)
     assert_same(clip.encode_text(CAPTIONS), other.base_texts)
+    assert clip.notes == []
 
 
 def test_a_visual_tower_is_refused_as_pretrained_with_the_way_to_use_it(other, tmp_path, capsys, monkeypatch):
@@ -144,91 +154,56 @@ def test_a_visual_tower_is_refused_as_pretrained_with_the_way_to_use_it(other, t
     assert "evaluate.py --checkpoint NAME=tower.pt" in line and len(line) <= 200
 
 
-def test_of_two_weights_that_fit_the_first_are_used_and_both_are_named(other, tmp_path, capsys):
-    average = {key: value * 0.9 for key, value in other.state.items()}
-    torch.save({"state_dict": other.state, "ema_state_dict": average}, tmp_path / "both.pt")
-    clip = load(source=tmp_path / "both.pt")
-    assert_same(image_features(clip, other.images), other.changed_images)
-    (note,) = [line for line in capsys.readouterr().out.splitlines() if "fit" in line]
-    assert "'state_dict/'" in note and "'ema_state_dict/'" in note and "first" in note
-
-
-# Files that are refused
-
-
-def torchscript(state):
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)
-    return buffer.getvalue()
-
-
-def another_size(state):
-    name = "visual.positional_embedding" if "logit_scale" in state else "positional_embedding"
-    return under("module.", state | {name: torch.zeros(17, 128)})
-
-
-def deeper(state, tower="visual.", layers=4):
-    """Repeat the last layer of a tower."""
-    last, next_one = (f"{tower}transformer.resblocks.{layer}." for layer in (layers - 1, layers))
-    more = {key.replace(last, next_one): value for key, value in state.items() if key.startswith(last)}
-    return state | more
-
-
-def shallower(state):
-    return {key: value for key, value in state.items() if ".resblocks.3." not in key}
-
-
-def other_texts(state):
-    return state | {"token_embedding.weight": torch.zeros(1000, 64)}
-
-
-def of_transformers(state):
-    return small_clip({}).state_dict()
-
-
-def unrelated(state):
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).state_dict()
-
-
-class Code:
-    def __reduce__(self):
-        return os.mkdir, ("code-was-run",)
-
-
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1710540580\n"
-REFUSED = {  # what the file is: (its content, of the other weights; words of the message)
-    "OpenAI's TorchScript archive": (torchscript, ["TorchScript", "--pretrained openai"]),
-    "a Git LFS pointer": (lambda state: LFS, ["Git LFS pointer", "git lfs pull"]),
-    "a model of another input size": (another_size, ["another input size", "85 of 86 keys fit", "[17, 128]"]),
-    "a tower of another input size": (lambda state: another_size(tower_of(state)), ["another input size", "55 of 56"]),
-    "transformers' format": (of_transformers, ["transformers' format", "local-dir:"]),
-    "a deeper model": (deeper, ["resblocks.4.", "not in the model"]),
-    "a deeper tower": (lambda state: tower_of(deeper(state)), ["resblocks.4.", "not in the model"]),
-    "a deeper text tower": (lambda state: deeper(state, "", 2), ["text weights do not", "resblocks.2.", "not in"]),
-    "a shallower model": (shallower, ["resblocks.3.", "missing", "74 of 86 keys fit"]),
-    "a shallower tower": (lambda state: tower_of(shallower(state)), ["resblocks.3.", "missing", "44 of 56 keys fit"]),
-    "a model of other texts": (other_texts, ["text weights do not", "token_embedding.weight is [1000, 64]"]),
-    "no tensors": (lambda state: {"epoch": 3, "state_dict": {}}, ["no tensors"]),
-    "no dictionary": (lambda state: torch.zeros(3), ["a Tensor", "dictionary"]),
-    "an unrelated network": (unrelated, ["7 tensors", "0.weight", "none of the model's"]),
-    "a pickle with code": (lambda state: {"state_dict": state, "hook": Code()}, ["holds code"]),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-@pytest.mark.parametrize("kind", REFUSED)
-def test_a_file_that_does_not_fit_is_refused_in_one_short_line(kind, other, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("part", [dict, tower_of], ids=["whole models", "towers"])
+def test_of_different_weights_in_a_file_the_user_chooses_as_the_line_says(part, other, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make, words = REFUSED[kind]
-    content = make(other.state)
-    if isinstance(content, bytes):
-        (tmp_path / "weights.pt").write_bytes(content)
-    else:
-        torch.save(content, "weights.pt")
-    line = refusal(capsys, lambda: load(source="weights.pt"))
-    assert "cannot use weights.pt" in line and len(line) <= 200
-    assert [word for word in words if word not in line] == []
-    assert os.listdir() == ["weights.pt"]  # no code was run
+    first = {key: value / 1.05 for key, value in other.state.items()}
+    torch.save({"teacher": part(first)} | under("model.", part(other.state)), "w.pt")
+    line = refusal(capsys, load, "--pretrained", "w.pt")
+    assert line.endswith("it holds different weights; choose w.pt::teacher/ or w.pt::model.") and len(line) <= 200
+    assert "choose w.pt::teacher/ or" in refusal(capsys, lambda: load(source="w.pt::none"))
+    for place, expected in (("teacher/", other.base_images), ("model.", other.changed_images)):
+        chosen = [load(source=f"w.pt::{place}")]
+        chosen += [load("--pretrained", f"w.pt::{place}")] if part is dict else []
+        for clip in chosen:
+            torch.testing.assert_close(image_features(clip, other.images), expected, rtol=0, atol=1e-4)
+            assert clip.notes == []
+
+
+def test_a_whole_model_goes_before_a_tower_whose_first_tensor_is_noted(other, tmp_path):
+    tower = {key: value * 0.9 for key, value in tower_of(other.state).items()}
+    torch.save(under("student.", tower) | under("teacher.", other.state), tmp_path / "w.pt")
+    clip = load(source=tmp_path / "w.pt")
+    assert_same(image_features(clip, other.images), other.changed_images)
+    assert clip.notes == ["student.class_embedding in the file of its weights is not used"]
+    clip = load(source=f"{tmp_path / 'w.pt'}::student.")
+    assert (image_features(clip, other.images) - other.changed_images).norm() > 1e-3
+
+
+def test_a_row_of_the_originals_weights_or_with_tensors_left_out_is_marked_in_the_table(other, tmp_path):
+    tower = tower_of(load_file(TINY / "clip" / "open_clip_model.safetensors"))
+    torch.save(tecoa(tower, pad_up=torch.zeros(1, 3, 4, 64)), tmp_path / "frozen.pt")
+    normalize = {"normalize.mean": torch.zeros(3), "steps": torch.tensor(7)}
+    torch.save(under("model.", tower_of(other.state)) | normalize, tmp_path / "w.pt")
+    torch.save({"orig": tower, "model": tower_of(other.state)}, tmp_path / "both.pt")
+    words = ["evaluate.py", "--preset", "smoke", "--num_images", 4, "--steps", 1, "--attack_steps", 1, "--qualities"]
+    words += ["--trainings", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "evaluation"]
+    words += ["--checkpoint", f"frozen={tmp_path / 'frozen.pt'}", "--checkpoint", f"normal={tmp_path / 'w.pt'}"]
+    words += ["--checkpoint"]
+    out, _ = shell(*words, f"both={tmp_path / 'both.pt'}::model/")
+    same, unused = "its weights are the original model's", "{} in the file of its weights is not used".format
+    notes = {"frozen": f"{unused('state_dict/pad_up')}; {same}", "normal": unused("normalize.mean")}
+    notes |= {"both": None, "original": None}
+    rows = metrics(tmp_path / "evaluation")["rows"]
+    assert {name: row["note"] for name, row in rows.items()} == notes
+    assert rows["frozen"]["white_box_similarity"] == rows["original"]["white_box_similarity"]
+    table = (tmp_path / "evaluation" / "table.md").read_text()
+    assert all((rf"| {name} (\*)" in table) == bool(note) for name, note in notes.items())
+    assert f"(*) normal: {notes['normal']}" in " ".join(out.split())
+    out, _ = shell(*words, f"both={tmp_path / 'both.pt'}::orig/")  # other weights of the same file
+    assert "both is measured again, because of other weights" in out and "normal is measured" not in out
+    rows = metrics(tmp_path / "evaluation")["rows"]
+    assert {name: row["note"] for name, row in rows.items()} == notes | {"both": same}
 
 
 def test_a_tower_with_a_norm_that_the_model_lacks_is_refused(other, tmp_path, capsys):
@@ -252,7 +227,19 @@ VARIANTS = {  # (changes of both towers, of the text tower, of the visual tower)
     "quick_gelu": ({}, {}, {}),
     "gelu": (GELU, {"layer_norm_eps": 0.01}, {"layer_norm_eps": 0.1}),
     "pytorch_model.bin": ({}, {}, {}),
+    "module.": ({}, {}, {}),
+    "base_model.model.": ({}, {}, {}),
+    "open_clip_config.json": ({}, {}, {}),
     "defaults left out": None,
+}
+AS_OPEN_CLIP = {  # SMALL_TEXT and SMALL_VISION in open_clip's words
+    "model_cfg": {
+        "embed_dim": 48,
+        "quick_gelu": True,
+        "text_cfg": {"width": 64, "heads": 2, "layers": 2, "mlp_ratio": 1.5},
+        "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "head_width": 8, "layers": 2, "mlp_ratio": 5},
+    },
+    "preprocess_cfg": {},
 }
 
 
@@ -294,6 +281,10 @@ def save_transformers(folder, variant):
         positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
         positions["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
         torch.save(model.state_dict() | positions, folder / "pytorch_model.bin")
+    if variant.endswith("."):
+        save_file(under(variant, load_file(folder / "model.safetensors")), folder / "model.safetensors")
+    if variant == "open_clip_config.json":
+        (folder / variant).write_text(json.dumps(AS_OPEN_CLIP))
     if variant == "defaults left out":
         config = json.loads((folder / "config.json").read_text())
         parts = {"text_config": transformers.CLIPTextConfig(), "vision_config": transformers.CLIPVisionConfig()}
@@ -550,7 +541,7 @@ def test_weights_from_a_file_get_the_preprocessing_of_the_architecture(name, tmp
     *_, weights = common.model_by_name(name, str(file))
     ((args, options),) = made
     assert args == (name,) and options == {"load_weights": False, "force_preprocess_cfg": PREPROCESSING[name]}
-    assert weights == file
+    assert weights == str(file)
     printed = capsys.readouterr().out
     assert (f"the published weights of {name} do not agree on a preprocessing" in printed) == (name == "ViT-L-14")
     activation = "QuickGELU" if "quickgelu" in name else "GELU"

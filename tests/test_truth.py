@@ -299,7 +299,7 @@ def test_random_jpeg_is_drawn_alike_in_whatever_batch_an_image_is_attacked(setup
 
 def table(values, falls=None):
     """A record of white-box cosines, {row: [those of each seed]}, and how far each row's attack is from converged."""
-    specs, record = {}, {"per_image": {}, "sanity": {}, "convergence": {}, "precision": {}, "chance": {}}
+    specs, record = {}, {"per_image": {}, "sanity": {}, "convergence": {}, "precision": {}, "chance": {}, "notes": {}}
     for row, seeds in values.items():
         for seed, cosines in enumerate(seeds):
             name = row if not seed else f"{row}, seed {seed}"
