@@ -1051,7 +1051,7 @@ def model_checksums(name, pretrained="", flag="--model"):
             configs += ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
             files += [folder / file for file in configs if (folder / file).is_file()]
             files += [] if pretrained else [weights_file(folder)]
-    return file_checksums(files)
+        return file_checksums(files)
 
 
 def source_checksums(source):

@@ -677,6 +677,32 @@ def test_hostile_input(case, shared, tmp_path, request, monkeypatch, capsys, rec
         case.check(place)
 
 
+def denied(function, folder):
+    """The function as it is for a user without rights in the folder; the tests may run as root, who has them."""
+
+    def call(path, *args, **options):
+        if str(path).startswith(str(folder)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return function(path, *args, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+@pytest.mark.parametrize(("script", "words"), [(GENERATE, "--pretrained {}"), (EVALUATE, "--checkpoint x={}")])
+def test_weights_that_may_not_be_read_are_one_line(script, words, what, shared, tmp_path, request, monkeypatch, capsys):
+    file = tmp_path / "locked" / "weights.pt"
+    file.parent.mkdir()
+    file.write_bytes(SAFETENSORS.read_bytes())
+    words = Place(shared, tmp_path, request, monkeypatch).words(script, words.format(file).split())
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", denied(open, file.parent))
+        if what == "folder":
+            patch.setattr("os.stat", denied(os.stat, file.parent))
+        line = refusal(capsys, run, script, words)
+    assert str(file) in line and "resumes" not in line and ("Permission denied" in line or "can be read" in line)
+
+
 # -- fuzz: whatever rows and a metadata.jsonl hold, they are read as they stand or refused in one line
 
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # not in the checkout
