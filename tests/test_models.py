@@ -216,6 +216,13 @@ def test_a_tower_with_a_norm_that_the_model_lacks_is_refused(other, tmp_path, ca
     assert "ln_pre" in refusal(capsys, lambda: load(*words, source=file))
 
 
+def test_a_folder_given_as_a_name_is_one_line_that_says_what_to_write(capsys, monkeypatch):
+    monkeypatch.chdir(TINY)
+    line = refusal(capsys, load, "--model", "./clip")
+    assert "for a folder write local-dir:./clip" in line and len(line) <= 200
+    load("--model", "local-dir:./clip")
+
+
 # transformers' format
 
 SMALL_TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
