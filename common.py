@@ -1850,8 +1850,8 @@ def find_images(source, paths, skip_missing=False):
             looked_into.append(f"{archive} ({describe(error)})")
     for path, nearest in match_files(elsewhere, files).items():
         if len(nearest) > 1 and len({content_checksum(*files[name]) for name in nearest}) > 1:
-            choices = " or ".join(nearest[:3])
-            raise ValueError(f"{path} may be {choices}, which differ: give the folder of the right one by --image_root")
+            advice, choices = "give a folder with the right one alone by --image_root", " or ".join(nearest[:3])
+            raise ValueError(f"images of one name differ; {advice}: {path} may be {choices}")
         found[path] = files[nearest[0]]
     missing = [path[-60:] for path in paths if path not in found]
     if missing and not (skip_missing and found):
