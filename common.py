@@ -162,7 +162,7 @@ def make_parser(doc, batch_size=64):
     flag("--eval_data", help="evaluation set, in the same forms")
     flag("--image_root", nargs="+", metavar="DIR", help="folder of the images; train=DIR or eval=DIR: of one split")
     flag("--num_images", type=number(1), help="use the first images; default for your own pictures: all")
-    flag("--skip_bad_images", action="store_true", help="leave out images that cannot be decoded, and count them")
+    flag("--skip_bad_images", action="store_true", help="leave out and count images that are missing or damaged")
     flag("--batch_size", type=number(1), default=batch_size, help="images per batch; in a training, over all processes")
     flag("--num_workers", type=number(1, 1024), default=os.cpu_count(), help="threads that write PNGs")
     flag("--cache_dir", default="runs/cache", help="folder of the decoded images")
