@@ -8,15 +8,14 @@ Words and units, the same everywhere:
     logit_scale     the multiplier of the cosine (about 100), not its logarithm
     similarity      cosine of an image and its own caption
 
-Sections, and what a script calls in each, in this order:
-    Flags                  make_parser(), parse_flags(); command_of(), run_script() to run another script
-    Errors and processes   fail(), exit_on_error(), gather(), progress(); run_main() around main(args)
-    Runs                   Run: an output folder that refuses another run, resumes its own and records how it was made
-    CLIP                   load_clip() returns a Clip: a model on its device, with its tokenizer and preprocessing
-    Weights                load_weights(): the file formats that people save
-    Data                   load_rows() reads captions, load_examples() decodes images into a datasets.Dataset
-    The attack             Attack (a budget), pgd(), attack_all() on all images, accept_precision()
-    Training               Trainer: everything but the loop, which stands in the scripts; contrastive_loss()
+Five nouns go from script to script; only what makes one reads the flags:
+    Run      an output folder: refuses another run, resumes its own, records how it was made
+    Clip     a model on its device, for pixels in [0, 1] and captions, by load_clip()
+    Images   images of a split in a model's geometry, and their captions, by load_images()
+    Attack   a budget and how it is spent; pgd() spends it on a batch, attack_all() on all images
+    Row      evaluate.py's: a model, what stands in front of it, its images, the captions to rank
+
+Sections: Flags; Errors and processes; Runs; CLIP; Weights; Data; The attack; Training.
 """
 
 import argparse
@@ -32,9 +31,6 @@ import os
 import pickle
 import platform
 import re
-import resource
-import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -42,12 +38,11 @@ import tempfile
 import threading
 import time
 import traceback
-import weakref
 import zipfile
-import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -67,7 +62,6 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, to_2tuple
 from PIL import Image, ImageOps
 from torch import distributed
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -76,23 +70,25 @@ TINY = ROOT / "tests" / "tiny"
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 
-PRESETS = {  # flag: {preset: default}; smoke is tiny but for these
-    "model": {"report": "ViT-L-14-quickgelu", "tiny": f"local-dir:{TINY}/clip"},
-    "pretrained": {"report": "openai", "tiny": ""},
-    "train_data": {"report": "TIGER-Lab/MMEB-train", "tiny": f"{TINY}/MMEB-train"},
-    "eval_data": {"report": "TIGER-Lab/MMEB-eval", "tiny": f"{TINY}/MMEB-eval"},
-    "train_images": {"report": 5000, "tiny": 1000, "smoke": 48},  # --num_images where a script reads the training split
-    "eval_images": {"report": 100, "tiny": 100, "smoke": 16},  # and where it reads the evaluation split
-    "val_images": {"report": 250, "tiny": 20, "smoke": 8},
-    "steps": {"report": 20, "tiny": 20, "smoke": 8},
-    "attack_steps": {"report": 75, "tiny": 75, "smoke": 10},
-    # tiny: chosen by the rule of tests/tiny/choose_rates.py, on images of the training split that no training sees;
-    # the search for features_lr is in tests/records/losses.json
-    "mat_lr": {"report": 1e-5, "tiny": 4e-4},
-    "contrastive_lr": {"report": 1e-5, "tiny": 1e-4},
-    "features_lr": {"report": 1e-5, "tiny": 1.6e-3},
-    "epochs": {"report": 3, "tiny": 4, "smoke": 2},
-}
+PRESETS = {  # --num_images is train_images or eval_images, by the split that a script reads; --lr the training's rate
+    "report": {
+        "model": "ViT-L-14-quickgelu", "pretrained": "openai",
+        "train_data": "TIGER-Lab/MMEB-train", "eval_data": "TIGER-Lab/MMEB-eval",
+        "train_images": 5000, "eval_images": 100, "val_images": 250,
+        "steps": 20, "attack_steps": 75, "epochs": 3,
+        "mat_lr": 1e-5, "contrastive_lr": 1e-5, "features_lr": 1e-5,
+    },
+    "tiny": {
+        "model": f"local-dir:{TINY}/clip", "pretrained": "",
+        "train_data": f"{TINY}/MMEB-train", "eval_data": f"{TINY}/MMEB-eval",
+        "train_images": 1000, "eval_images": 100, "val_images": 20,
+        "steps": 20, "attack_steps": 75, "epochs": 4,
+        # chosen by the rule of tests/tiny/choose_rates.py, on images of the training split that no training sees
+        "mat_lr": 4e-4, "contrastive_lr": 1e-4, "features_lr": 1.6e-3,
+    },
+}  # fmt: skip
+PRESETS["smoke"] = PRESETS["tiny"] | {"train_images": 48, "eval_images": 16, "val_images": 8}
+PRESETS["smoke"] |= {"steps": 8, "attack_steps": 10, "epochs": 2}
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -142,19 +138,21 @@ def number(low, high=math.inf, kind=int):
 
 
 def make_parser(doc, batch_size=64):
-    """Make a parser with the flags that every script has; defaults that are missing here come from --preset."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
+    """Make a parser with the flags that every script has; a flag without a default here gets its value from fill()."""
+    presets = [f"--preset {name}: " + ", ".join(map("{} {}".format, *zip(*PRESETS[name].items()))) for name in PRESETS]
+    parser = argparse.ArgumentParser(
+        description=doc, epilog="\n\n".join(presets), formatter_class=Formatter, allow_abbrev=False
+    )
     parser.error = lambda message: fail(f"{message}; --help lists the flags")
     flag = parser.add_argument_group("run").add_argument
-    flag("--preset", choices=["report", "tiny", "smoke"], default="report", help="defaults of the flags below")
+    flag("--preset", choices=list(PRESETS), default="report", help="values of flags that are left out; see the end")
     flag("--output_dir", help="output folder; the folders of the other scripts stand beside it")
-    flag("--overwrite", action="store_true", help="replace the run in it; with --reproduce those of all scripts")
     flag("--seed", type=number(0, 2**31), default=0, help="seed of all random numbers")
     flag("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the first of them that is available")
     flag = parser.add_argument_group("model").add_argument
     flag("--model", help="open_clip name, local-dir:DIR or hf-hub:ORG/NAME")
     flag("--pretrained", help="open_clip tag, a checkpoint file, or 'random' for untrained weights")
-    precision = "of gradients, never of scores; auto: bf16 on a GPU where the attack is as strong as in fp32"
+    precision = "of gradients; scores are always fp32. auto, on a GPU: bf16 for trainings and their images, else TF32"
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
     flag = parser.add_argument_group("data").add_argument
     own = "a folder with metadata.jsonl or metadata.csv (file_name, caption), or COCO's captions_*.json"
@@ -164,8 +162,8 @@ def make_parser(doc, batch_size=64):
     flag("--num_images", type=number(1), help="use the first images; default for your own pictures: all")
     flag("--skip_bad_images", action="store_true", help="leave out and count images that are missing or damaged")
     flag("--batch_size", type=number(1), default=batch_size, help="images per batch; in a training, over all processes")
-    flag("--num_workers", type=number(1, 1024), default=os.cpu_count(), help="threads that write PNGs")
-    flag("--cache_dir", default="runs/cache", help="folder of the decoded images")
+    flag("--num_workers", type=number(1, 1024), default=os.cpu_count(), help="threads that read and write images")
+    flag("--cache_dir", default="runs/cache", help="folder of the images that a zip on a hub holds")
     flag = parser.add_argument_group("attack: L-inf, pixels in [0, 1], before CLIP's normalisation").add_argument
     flag("--eps", type=radius, default="8/255", help="radius of the ball around an image")
     flag("--alpha", type=pixel_distance, default="2/255", help="step size of the report's attack")
@@ -182,47 +180,56 @@ def add_train_args(parser):
     flag("--max_steps", type=number(1), help="stop after this many optimizer steps")
     flag("--save_every", type=number(0, 10**6, float), default=5, help="minutes between checkpoints to resume from")
     flag("--grad_checkpointing", action="store_true", help="use less memory and a third more time")
-    threshold = "stop one step after the contrastive loss, averaged over --loss_window steps, is below this"
+    threshold = "stop when the contrastive loss, averaged over --loss_window steps, is below this"
     flag("--loss_threshold", type=number(1e-12, 10**6, float), help=threshold)
     flag("--loss_window", type=number(1), default=50, help="steps that --loss_threshold averages over")
     flag("--val_images", type=number(1), help="images of the training split to validate on; they are not trained on")
 
 
-def parse_flags(parser, argv, stage, images, rate=None):
-    """Parse the command line with the defaults of --preset.
+# of a training's identity, and in its folder
+TRAIN_FLAGS = "seed eps alpha steps lr weight_decay epochs max_steps batch_size loss_threshold loss_window"
+TRAIN_FILES = ["log.jsonl", "open_clip_config.json", "open_clip_model.safetensors"]
 
-    stage    (flags) -> name of the default output folder under runs/PRESET/
-    images   (flags) -> 'train' or 'eval': the split whose image count is the default of --num_images
-    rate     (flags) -> name of the preset's learning rate, for trainings
+
+def fill(args, stage, split, rate=None):
+    """Give the flags that the user left out their values from --preset, and replace ~ in paths.
+
+    stage   name of the default output folder under runs/PRESET/
+    split   'train' or 'eval': whose image count is the default of --num_images
+    rate    name of the preset's learning rate, for trainings
     """
-    words = sys.argv[1:] if argv is None else argv
-    with exit_on_error("the command line is not text in UTF-8"):  # metrics.json could not hold it
-        " ".join(words).encode()
-    chosen = expand_paths(parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0])
-    defaults = {flag: values.get(chosen.preset, values["tiny"]) for flag, values in PRESETS.items()}
-    defaults["output_dir"] = f"runs/{chosen.preset}/{stage(chosen)}{radius_suffix(chosen)}"
-    split = images(chosen)
-    defaults["num_images"] = defaults[f"{split}_images"]
-    if is_own(getattr(chosen, f"{split}_data") or ""):
-        defaults |= {"num_images": None, "val_images": None}  # all of them; load_rows() counts them
-        defaults |= {"eval_data": None} if split == "train" else {}  # a training needs none
-    defaults["lr"] = defaults[rate(chosen)] if rate else None
-    if (chosen.model or "").startswith(("local-dir:", "hf-hub:")):
-        defaults["pretrained"] = ""  # such a model brings its weights
-    parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(chosen, name)})
-    args = expand_paths(parser.parse_args(words))
-    if not args.output_dir:
-        parser.error("--output_dir is empty")
-    return args
-
-
-def expand_paths(args):
-    """Replace the ~ at the start of every path in args by the home folder; no shell does so behind a =."""
+    with exit_on_error("the command line is not text in UTF-8"):  # run.json could not hold it
+        json.dumps(vars(args), ensure_ascii=False, default=str).encode()
     for name, value in vars(args).items():
         if isinstance(value, str):
             setattr(args, name, expand_home(value))
     args.image_root = args.image_root and [expand_home(root) for root in args.image_root]
+    values = dict(PRESETS[args.preset])
+    own = is_own(getattr(args, f"{split}_data") or "")
+    values["num_images"] = None if own else values[f"{split}_images"]  # None: all of them
+    if own and split == "train":
+        values["val_images"] = None  # a tenth; load_training_images() counts
+        del values["eval_data"]  # such a training needs no evaluation set
+    values["lr"] = values.get(rate)
+    if (args.model or "").startswith(SCHEMAS):
+        values["pretrained"] = ""  # such a model brings its weights
+    values["output_dir"] = f"runs/{args.preset}/{stage}{radius_suffix(args)}"
+    for name, value in values.items():
+        if getattr(args, name, "no such flag") is None:
+            setattr(args, name, value)
+    if not args.output_dir:
+        fail("--output_dir is empty")
+    if rate:
+        check_batch(args, args.num_images)
     return args
+
+
+def check_batch(args, count):
+    """Exit unless an epoch has a whole batch, and every process the same part of it; count may be unknown: None."""
+    if count is not None and count < args.batch_size:
+        fail(f"--batch_size {args.batch_size} is more than the {count} training images: lower it")
+    if args.batch_size % PROCESSES:
+        fail(f"--batch_size {args.batch_size} is no multiple of the {PROCESSES} processes")
 
 
 def expand_home(path):
@@ -231,62 +238,38 @@ def expand_home(path):
     return prefix + os.path.expanduser(path.removeprefix(prefix))
 
 
-SHARED = "device model pretrained precision train_data eval_data image_root skip_bad_images num_workers cache_dir"
-SHARED += " eps alpha steps seed"
-
-
 def radius_suffix(args):
     """Return the suffix of default folders for a radius other than the report's, such as _eps4."""
     return "" if args.eps == 8 / 255 else f"_eps{args.eps * 255:.6g}"
 
 
+def stage_name(script, name):
+    """Return the default folder of a training's script: name, or for a copy of the script the name of the file."""
+    script = Path(script).stem
+    return name if script in ("defend_clip_mat_v2", "defend_clip_pgd_v2") else script
+
+
+SHARED = "preset device model pretrained precision train_data eval_data image_root skip_bad_images num_workers"
+SHARED += " cache_dir eps alpha steps seed"
+
+
 def stage_folder(args, stage):
-    """Return the folder of another script's output, beside --output_dir."""
-    return Path(args.output_dir).parent / f"{stage}{radius_suffix(args)}"
+    """Return the output folder of another script, beside --output_dir."""
+    return str(Path(args.output_dir).parent / f"{stage}{radius_suffix(args)}")
 
 
-def command_of(script, args, stage, *words, flags=SHARED, suffix=""):
-    """Write the command that runs another script, with the flags that args has from the user.
-
-    stage    the default output folder of that script; suffix is appended to it
-    """
-    default = parse_flags(make_parser(""), ["--preset", args.preset], lambda _: stage, lambda _: "train")
-    given = vars(args) | {"output_dir": str(stage_folder(args, stage + suffix))}
-    words = [script, *(["--preset", args.preset] if args.preset != "report" else []), *map(str, words)]
-    for name in [*flags.split(), "output_dir"]:
-        value = given[name]
-        if value != getattr(default, name) and value not in (None, ""):  # --pretrained is "" behind local-dir:
-            values = value if isinstance(value, list) else [flag_text(name, value)]
-            words += [f"--{name}", *([] if value is True else map(str, values))]
-    return words
-
-
-NESTED = []  # command lines of the scripts that run the present one
-
-
-def run_script(words):
-    """Print the command of another script and run it in this process, where the libraries are imported already."""
-    command = command_line(*words)
-    print(f"\n$ {command}", flush=True)
-    NESTED.append(sys.argv)
-    sys.argv = shlex.split(command)[1:]
-    try:
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    finally:
-        sys.argv = NESTED.pop()
+def stage_args(parse_args, args, stage, *words):
+    """Return the flags of another script, with the values of those that all share; words win over them."""
+    given = argparse.Namespace(**{name: getattr(args, name) for name in SHARED.split()})
+    return parse_args([*map(str, words), "--output_dir", stage_folder(args, stage)], given)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors and processes
 
-LAUNCHER = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"  # torchrun sets these numbers, and MASTER_ADDR
 RANK, PROCESSES = 0, 1
-if "MASTER_ADDR" in os.environ and all(os.environ.get(name, "").isdigit() for name in LAUNCHER):
-    # if one is missing, another program has left the others behind
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
     RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-MEETING_SECONDS = 50
 
 
 def fail(message, what="error", code=2):
@@ -325,14 +308,8 @@ def process_group():
     if PROCESSES == 1 or distributed.is_initialized():
         yield
         return
-    backend, where = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", {}
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun: the others may not exist
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        message = f"RANK, WORLD_SIZE={PROCESSES} and MASTER_ADDR are set, but not all processes joined in time"
-        with exit_on_error(f"{message}: unset them, or start all processes"):
-            store = distributed.TCPStore(address, port, PROCESSES, RANK == 0, timedelta(seconds=MEETING_SECONDS))
-        where = {"store": store, "rank": RANK, "world_size": PROCESSES}
-    distributed.init_process_group(backend, timeout=timedelta(days=1), **where)  # rank 0 may decode for hours
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may work alone for hours
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -367,13 +344,14 @@ def run_main(main, args):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1)
     except torch.OutOfMemoryError:
-        fail(f"--batch_size {args.batch_size} is too large for the GPU's memory; trainings have --grad_checkpointing")
+        remedy = "add --grad_checkpointing" if hasattr(args, "lr") else "use a smaller one: the same command resumes"
+        fail(f"--batch_size {args.batch_size} is too large for the GPU's memory: {remedy}")
     except OSError as error:
         fail(f"{describe(error)}. Once that is solved, the same command resumes from what is saved")
     finally:
         logging.disable(silenced)
         while LOCKS:  # in a notebook the process goes on
-            LOCKS.pop()()
+            os.close(LOCKS.popitem()[1])
 
 
 def gather(value=None):
@@ -404,261 +382,207 @@ class LogBar(tqdm):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs: an output folder each. metrics.json is written last: a folder with one is complete
+# Runs: an output folder each. run.json, written first, says whose it is; metrics.json, written last, has the figures
 
-# flags that change no figure
-NOT_IN_RESULT = {"output_dir", "overwrite", "num_workers", "cache_dir", "reproduce", "save_every", "grad_checkpointing"}
-
-
-RECORD_KEYS = {"argv", "args", "inputs", "processes", "started", "seconds"}  # of every metrics.json of ours
-LOCKS = []  # functions that unlock the output folders of this process
-OUR_FILES = ["images", "metadata.jsonl", "log.jsonl", "open_clip_config.json", "open_clip_model.safetensors"]
-OUR_FILES += ["config.json", "model.safetensors", "pytorch_model.bin"]  # of a model in another format
-OUR_FILES += ["table.md", "examples.png", "cosines.png", "white_box", "table.png", "eps_curves.png", "radii.png"]
+LOCKS = {}  # {folder that this process writes to: its file descriptor}
 
 
 class Run:
-    """An output folder: refuses a run of other flags, data or code, resumes its own, and records how it was made.
+    """An output folder: refuses another run, resumes its own, and records how it was made.
 
-    code      code_checksums() of the definitions that make the result
-    rows      the images that the run reads, from load_rows()
-    inputs    {name: checksum} of what the run reads beside those images and the model
-    extends   flags that may differ from those of a complete run in the folder: the script adds what is missing
+    A unit of work (an image, a row, the state of a training) is done when its own file is there; what is missing is
+    made. Nothing is deleted but what the run itself has stored to resume from.
 
-    .previous  the metrics.json of this run if it is complete, else None
-    .changed   the definitions that have changed since it was made, as a text; '' if none has
+    args     the flags of the script, its output folder among them
+    script   path of the script, whose name is part of the identity: a copied script is another run
+    flags    names of the flags that are part of the identity
+    writes   names that the script writes into the folder; any other file there is the user's
+
+    .begun   whether this run has made something
     """
 
-    def __init__(self, args, code, rows=None, inputs=None, extends=()):
-        self.dir, self.clock, self.extends = Path(args.output_dir), time.perf_counter(), {*extends}
-        self.partial, self.done = self.dir / ".partial", self.dir / "metrics.json"
-        images = {"images and captions": digest(rows["checksum"][:])} if rows else {}
+    def __init__(self, args, script, flags, writes):
+        self.dir, self.writes = Path(args.output_dir), [*writes, "parts", "metrics.json"]
+        self.script, self.lock, self.begun = script, None, False
         self.record = {
-            "argv": sys.argv,
-            "args": relative_paths(vars(args)),
-            "inputs": images | model_checksums(args.model, args.pretrained) | (inputs or {}),
-            "code": code,
+            "identity": {"script": Path(script).name} | {flag: getattr(args, flag) for flag in flags.split()},
+            "code": source_digest(script),
+            "versions": versions(),
             "commit": git_commit(),
-            "processes": PROCESSES,
+            "argv": sys.argv,
+            "script": Path(script).name,
+            "args": vars(args),
             "started": datetime.now(timezone.utc).isoformat(),
             "seconds": 0.0,
         }
-        try:
-            found = None if RANK else self.take_folder(args)
-        except SystemExit:
-            self.release()
-            raise
-        self.previous, self.begun = gather(found)[0]  # rank 0 has looked into the folder
-        self.changed = describe_code_changes(self.previous, code) if self.previous else ""
-        if self.begun:
-            self.record |= {"started": self.begun["started"], "seconds": self.begun["seconds"]}
+        self.record = json.loads(json.dumps(self.record))  # plain values, as they are compared with a file's
+        self.check()
 
-    def take_folder(self, args):
-        """Lock the folder until this process ends; return the complete and the unfinished record of this run in it."""
-        self.release = lambda: None
-        with exit_on_error(f"cannot write to --output_dir {self.dir}"):
-            self.protect_files(args)
-            made = [folder for folder in (self.dir, *self.dir.parents) if not folder.exists()]
-            self.dir.mkdir(parents=True, exist_ok=True)
-            folder = os.open(self.dir, os.O_RDONLY)
-            self.release = weakref.finalize(self, release_folder, folder, made)
-            LOCKS.append(self.release)
-            save(self.dir / ".write_test", "")
-            (self.dir / ".write_test").unlink()
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another run is writing to {self.dir}: wait for it, or give another --output_dir")
-        except OSError:
-            pass  # a file system without locks
-        previous = None if self.record["args"]["overwrite"] else self.read(self.done)
-        if self.done.exists() and previous is None:  # a complete run is replaced
-            begun = None
-        else:
-            begun = self.read(self.partial / "run.json", beside=previous)
-        if not begun:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        return previous, begun
+    def identify(self, **digests):
+        """Add what is known once models and images are loaded to the identity."""
+        self.record["identity"] |= digests
+        self.check()
 
-    def protect_files(self, args):
-        """Exit if the folder is an input, or holds files with our names that no run of these scripts has written."""
-        inputs = [args.train_data, args.eval_data, args.model, getattr(args, "adversarial_dir", None)]
-        inputs += [folder for _, folder in image_roots(args)]
-        for folder in ((folder or "").removeprefix("local-dir:") for folder in inputs):
-            if os.path.isdir(folder) and self.dir.exists() and os.path.samefile(folder, self.dir):
-                fail(f"--output_dir {self.dir} is an input, too, and would be overwritten: choose another")
-        found = []
-        if not self.partial.exists() and not self.done.exists():
-            found = [self.dir / name for name in OUR_FILES if (self.dir / name).exists()]
-        with suppress(OSError, ValueError, RecursionError):  # a damaged one may be ours
-            record = json.loads(self.done.read_text(encoding="utf-8"))
-            found += [] if isinstance(record, dict) and record.keys() >= RECORD_KEYS else [self.done]
-        if found:
-            fail(f"{found[0]} was not written by these scripts and would be lost: choose another --output_dir")
+    def check(self):
+        """Exit if the folder holds another run, or a file of the user's under a name that the script writes."""
+        if not RANK:
+            with exit_on_error(f"--output_dir {self.dir}"):
+                self.look()
+        self.record = gather(self.record)[0]
 
-    def read(self, file, beside=None):
-        """Return the record of this run that an earlier process wrote, or None; exit if it is of another run.
+    def look(self):
+        """Read the folder's run.json; raise ValueError where check() exits."""
+        self.previous = read_record(self.dir / "run.json")
+        taken = [name for name in self.writes if (self.dir / name).exists()]
+        if self.previous:
+            self.compare()
+        elif taken:
+            raise ValueError(f"it holds {taken[0]} and no run.json of these scripts: choose another --output_dir")
 
-        beside   the complete run that an unfinished one in the folder extends; if that was another run, it is dropped
-        """
-        if not file.exists():
-            return None
-        complete, old, new = file == self.done, load_record(file), self.record
-        if beside and old["started"] == beside["started"]:
-            return None  # the complete run left it behind when it was killed
+    def compare(self):
+        """Raise ValueError if the folder's run is another one; else take over when it was started."""
+        was, now = self.previous["identity"], self.record["identity"]
+        changes = [difference(key, was.get(key), now[key]) for key in now if was.get(key) != now[key]]
+        if changes:
+            changes = "; ".join(changes)
+            raise ValueError(f"it holds another run ({changes}): remove that folder, or choose another --output_dir")
+        self.record |= {key: self.previous[key] for key in ("started", "seconds")}
 
-        def flags_of(record):
-            flags = {key: value for key, value in record["args"].items() if key not in NOT_IN_RESULT | self.extends}
-            if "lr" not in flags:
-                flags.pop("batch_size", None)  # in an attack no image depends on the others of its batch
-            return flags
+    @property
+    def done(self):
+        """Whether metrics.json is there, as rank 0 sees it."""
+        return gather((self.dir / "metrics.json").exists())[0]
 
-        def differences(was, now):
-            return [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
-
-        was, now = flags_of(old), flags_of(new)
-        changes = [f"--{key} {flag_text(key, was.get(key))}, not {flag_text(key, now.get(key))}"
-                   for key in sorted(differences(was, now))]  # fmt: skip
-        changes += [other_input(key) for key in sorted(differences(old["inputs"], new["inputs"]))]
-        if not complete and old["processes"] != new["processes"]:
-            changes.append(f"{old['processes']} processes, not {new['processes']}")
-        if code := ("code" not in old or not complete) and describe_code_changes(old, new["code"]):
-            changes.append(f"other code ({code})")
-        if not changes:
-            return old
-        if beside:
-            print(f"{self.dir}: an unfinished run with {'; '.join(changes)} is dropped; the complete one is kept")
-        elif not new["args"]["overwrite"]:
-            what = "was made" if complete else "holds an unfinished run"
-            fail(f"{self.dir} {what} {made_with(old, changes)}. {overwrite_advice()}")
-        return None
-
-    def report_complete(self):
-        """Print that there is nothing to do, and whether the code has changed since."""
-        print(f"{self.dir} is complete and was made with these flags: nothing to do (--overwrite makes it again)")
-        if note := code_note(self.dir):
+    def report_done(self):
+        """Print that there is nothing to do, and by which commit it was done."""
+        print(f"{self.dir} is complete: nothing to do. To make it again, remove that folder")
+        if note := code_note(self.dir, self.script):
             print(f"note: {note}")
 
-    def require_space(self, num_bytes):
-        """Exit unless the disk has room for num_bytes in the folder, including what the folder holds already.
+    def begin(self, any_code=False):
+        """Take the folder for writing until finish(); exit if other code has begun what is unfinished there.
 
-        The folder counts as incomplete from here until finish(), unless this run extends a complete one.
+        any_code   whether units of other code may stand beside those of this run
         """
-        if self.begun:
-            print(f"{self.dir} holds an unfinished run: resuming ({self.begun['seconds']:.0f} s were done before)")
-        if not RANK:
-            num_bytes -= sum(file.stat().st_size for file in self.dir.rglob("*") if file.is_file())
-            free = shutil.disk_usage(self.dir).free
-            if free < num_bytes:
-                sizes = f"{num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
-                fail(f"{self.dir} needs {sizes}: free some space first")
-            self.partial.mkdir(exist_ok=True)  # marks the files in this folder as written by these scripts
-            save(self.partial / "run.json", self.record | {"seconds": self.seconds()})
-            if not self.previous:
-                self.done.unlink(missing_ok=True)
+        if not RANK and self.lock is None:
+            with exit_on_error(f"--output_dir {self.dir}"):
+                self.take(any_code)
+        if not self.begun:
+            self.begun, self.clock = True, time.perf_counter()
         gather()
+
+    def take(self, any_code):
+        """Lock the folder, and write run.json; raise ValueError where begin() exits."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        if self.dir in LOCKS:  # a call of main() that failed in a notebook
+            os.close(LOCKS.pop(self.dir))
+        self.lock = LOCKS[self.dir] = os.open(self.dir, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError("another run is writing to it: wait for it, or choose another --output_dir") from None
+        except OSError:
+            pass  # a file system without locks
+        self.look()  # again: another run may have been here since
+        old, new = self.previous, self.record
+        if old and not any_code and (old["code"], old["versions"]) != (new["code"], new["versions"]):
+            raise ValueError(f"{made_by(old)} began it, not {made_by(new)}: go on with those, or remove that folder")
+        if old:
+            print(f"{self.dir} is resumed ({new['seconds']:.0f} s were done before)")
+        save(self.dir / "run.json", new)
+        (self.dir / "metrics.json").unlink(missing_ok=True)
 
     def save_part(self, key, value):
         """Store a part of the work, tensors and plain values, for a run that is killed and resumed."""
-        self.partial.mkdir(exist_ok=True)
+        (self.dir / "parts").mkdir(exist_ok=True)
+        save(self.dir / "parts" / f"{digest(key)}.pt", value)
         if not RANK:
-            save(self.partial / "run.json", self.record | {"seconds": self.seconds()})
-        save(self.partial / f"{digest(key)}.pt", value)
+            save(self.dir / "run.json", self.record | {"seconds": self.seconds()})
 
     def load_part(self, key):
-        """Return what a killed process of this run stored under key, or None if there is nothing or it is damaged."""
-        file = self.partial / f"{digest(key)}.pt"
-        with suppress(Exception), zipfile.ZipFile(file) as archive:  # a damaged file raises any exception
-            if archive.testzip() is None:  # torch does not compare the checksums
-                return torch.load(file, map_location="cpu", weights_only=True)
-        return None
+        """Return what a killed process of this run stored under key, or None."""
+        return load_tensors(self.dir / "parts" / f"{digest(key)}.pt")
 
     def seconds(self):
         """Return the wall time of this run, without the pauses between a kill and a resume."""
         return self.record["seconds"] + time.perf_counter() - self.clock
 
-    def finish(self, clip, **metrics):
-        """Write metrics.json: how the run was made, and the script's figures."""
-        modules, device = (torch, torchvision, open_clip, datasets, np), clip.device
+    def finish(self, device, **metrics):
+        """Write metrics.json, how the run was made and the script's figures; release the folder."""
         on_gpu = device.type == "cuda"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.record |= {
-            "versions": {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()},
-            "device": f"{device} ({torch.cuda.get_device_name(device) if on_gpu else platform.machine()})",
-            "gradients": "bf16" if clip.bf16 else "fp32",
-            "image_steps_per_s": round(clip.image_steps / clip.attack_seconds, 1) if clip.attack_seconds else None,
-            "seconds": round(self.seconds() + (self.previous or {}).get("seconds", 0), 3),
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak,
+            "device": torch.cuda.get_device_name(device) if on_gpu else f"{device} ({platform.machine()})",
+            "processes": PROCESSES,
+            "seconds": round(self.seconds(), 3),
         }
+        gather()  # every process has stored its units
         if not RANK:
-            save(self.done, self.record | metrics)
-            shutil.rmtree(self.partial, ignore_errors=True)
+            save(self.dir / "run.json", self.record)
+            save(self.dir / "metrics.json", self.record | metrics)
+            shutil.rmtree(self.dir / "parts", ignore_errors=True)
+            for file in self.dir.rglob(".*.tmp"):  # of a process that was killed; not of runs in folders below
+                ours = file.relative_to(self.dir).parts[0] in (*self.writes, file.name)
+                if ours and re.fullmatch(r"\..+\.\d+\.tmp", file.name):
+                    file.unlink()
+            os.close(LOCKS.pop(self.dir))
+        self.lock = None
         gather()
 
 
-def release_folder(folder, made):
-    """Unlock an output folder (a file descriptor), and remove the folders made for it that are still empty."""
-    os.close(folder)
-    with suppress(OSError):
-        for path in made:
-            path.rmdir()
+def difference(key, was, now):
+    """Return a text that says what of an identity differs: a flag with both values, or another kind of input."""
+    if isinstance(now, str) and re.fullmatch("[0-9a-f]{20}", now):
+        return f"another {key.replace('_', ' ')}"
+    if key in ("eps", "alpha") and was:
+        was, now = radius_text(was), radius_text(now)
+    was, now = ("none" if value is None else value for value in (was, now))
+    return f"{key if key in ('script', 'precision') else f'--{key}'} {was}, not {now}"
 
 
-def made_with(record, changes):
-    """Return a text that says how a run was made differently."""
-    return f"with {'; '.join(changes)}" if "code" in record else "by an earlier version of these scripts"
+def made_by(record):
+    """Return a text that names the commit and the versions behind a record."""
+    return f"commit {record['commit']} with {record['versions']}"
 
 
-def overwrite_advice():
-    """Return a text that says what to type where a folder holds another run."""
-    replace = f": {command_line(*sys.argv, '--overwrite')}" if NESTED else ", add --overwrite"
-    return f"To replace it{replace}; to keep it, choose another --output_dir"
-
-
-def command_line(script, *words):
-    """Return the command that runs one of the scripts from the current folder."""
-    return shlex.join(["python", os.path.relpath(ROOT / Path(script).name), *map(str, words)])
-
-
-def flag_text(key, value):
-    """Return the value of a flag as a user would type it."""
-    if key in ("eps", "alpha") and isinstance(value, float):
-        return radius_text(value)
-    return "''" if value == "" else value
-
-
-def other_input(key):
-    """Return a text that says that an input of a run has changed: a file, or another kind of input."""
-    return f"another version of {key}" if "/" in key else f"other {key}"
-
-
-def relative_paths(value):
-    """Convert a value to what JSON holds, with paths in this checkout relative to it, so that it can be moved."""
-    return json.loads(json.dumps(value).replace(json.dumps(f"{ROOT}/")[1:-1], ""))
-
-
-@lru_cache
-def checksum(path, size, time_ns):
-    """Return the sha256 of a file; it is read again only if its size or time has changed."""
-    content = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            content.update(block)
-    return content.hexdigest()
-
-
-def load_record(file):
-    """Read a metrics.json, or the unfinished one in .partial."""
-    with exit_on_error(f"{file} is damaged: delete it, or make its folder again with --overwrite"):
+def read_record(file):
+    """Return the content of a run.json or metrics.json, or None if there is none; ValueError if it is not ours."""
+    if not file.exists():
+        return None
+    try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        if missing := RECORD_KEYS - record.keys():
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        return record
+        if record.keys() >= {"identity", "code", "versions", "commit", "args", "started", "seconds"}:
+            return record
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{file.name} is damaged or a stranger's: remove that folder, or choose another --output_dir")
 
 
-def digest(value):
-    """Return a hash of plain values, 20 characters."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
+def code_note(folder, script):
+    """Return a line that names what made a folder, if it was not the present code of a script; else None."""
+    record = read_record(folder / "run.json")
+    if record["versions"] != versions():
+        return f"{folder} was made by {made_by(record)}"
+    return f"{folder} was made by commit {record['commit']}" if record["code"] != source_digest(script) else None
+
+
+@lru_cache  # it takes 0.2 s, and is asked for every row
+def source_digest(script):
+    """Return a digest of the text of a script and of every module of ours that it imports."""
+    files = [Path(script).resolve()]
+    for file in files:  # grows on the way
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported = [ROOT / f"{module}.py" for module in modules]
+            files += [file for file in imported if file.exists() and file not in files]
+    return digest(*(file.read_text(encoding="utf-8") for file in sorted(files)))
+
+
+def versions():
+    """Return the versions that may move a figure, as text: 'python 3.12, torch 2.14.1, ...'."""
+    modules = torch, torchvision, open_clip, np, PIL
+    python = f"python {sys.version_info[0]}.{sys.version_info[1]}"
+    return ", ".join([python, *(f"{module.__name__} {module.__version__.split('+')[0]}" for module in modules)])
 
 
 def git_commit():
@@ -668,121 +592,50 @@ def git_commit():
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
-# definitions that change no figure: messages, files, and defaults of flags, which metrics.json holds themselves
-NOT_IN_CODE = {"LAUNCHER", "LOCKS", "MEETING_SECONDS", "NESTED", "OUR_FILES", "PRESETS", "PROCESSES", "RANK", "Run"}
-NOT_IN_CODE |= {"adversarial_folder", "code_checksums", "describe", "duration", "exit_on_error", "fail"}
-NOT_IN_CODE |= {"print_cost", "progress", "remake_command", "run_script"}
+def digest(*values):
+    """Return a hash of arrays, tensors, bytes and plain values: 20 characters."""
+    content = hashlib.sha256()
+    for value in values:
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            content.update(f"{tuple(value.shape)} {value.dtype}".encode())
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        if isinstance(value, np.ndarray):
+            content.update(np.ascontiguousarray(value))
+        elif isinstance(value, bytes):
+            content.update(value)
+        else:
+            content.update(json.dumps(value).encode())
+    return content.hexdigest()[:20]
 
 
-def code_checksums(script, *names):
-    """Return a checksum of every top-level definition that definitions of a script use: {module.name: checksum}.
-
-    script   path of a script
-    names    its definitions to start from, by default main
-    A definition is used if its name occurs, alone or as an attribute of one of our modules. Comments, docstrings and
-    layout change no checksum. The versions of the packages that the figures depend on are added.
-    """
-    versions = {m.__name__: m.__version__.split("+")[0] for m in (torch, torchvision, open_clip, np, PIL)}
-    checksums, modules, queue = {}, {}, [(Path(script), name) for name in names or ["main"]]
-    while queue:
-        file, name = queue.pop()
-        if file not in modules:
-            modules[file] = parse_module(file.read_text(encoding="utf-8"), Path(script).parent)
-        definitions, imports = modules[file]
-        if name in imports:  # from a module of ours
-            queue.append(imports[name])
-        label = f"{file.stem}.{name}"
-        if name not in definitions or name in NOT_IN_CODE or label in checksums:
-            continue
-        checksums[label] = digest([ast.unparse(node) for node in definitions[name]])[:8]
-        for node in (inner for definition in definitions[name] for inner in ast.walk(definition)):
-            if isinstance(node, ast.Name):
-                queue.append((file, node.id))
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                module, whole = imports.get(node.value.id, (None, ""))
-                queue += [(module, node.attr)] if module and not whole else []
-    return dict(sorted(checksums.items())) | versions
-
-
-@lru_cache
-def parse_module(text, folder):
-    """Parse a module without its docstrings: its top-level definitions, and its imports from modules in folder.
-
-    returns   {name: [nodes]}; {name: (file, its name there)}, with '' for a whole module
-    """
-    definitions, imports, tree = defaultdict(list), {}, ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    body = list(tree.body)
-    for node in body:
-        if isinstance(node, (ast.If, ast.Try)):  # its statements are on the top level, too
-            body += [inner for inner in ast.iter_child_nodes(node) if isinstance(inner, ast.stmt)]
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            definitions[node.name].append(node)
-        elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for name in (inner for target in targets for inner in ast.walk(target)):
-                if isinstance(name, ast.Name):
-                    definitions[name.id].append(node)
-    for node in ast.walk(tree):
-        for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
-            whole = isinstance(node, ast.Import)
-            module = alias.name if whole else node.module or ""
-            file = folder / f"{module.replace('.', '/')}.py"
-            if file.is_file():
-                imports[alias.asname or alias.name] = (file, "" if whole else alias.name)
-    return definitions, imports
-
-
-def describe_code_changes(record, code):
-    """Return a text that names the definitions and packages that have changed since a run was made, or ''."""
-    was = record.get("code")
-    if was is None:
-        return "its metrics.json does not name it"
-    changed = [key for key in was if code.get(key) != was[key]]  # a new definition is used by one of these
-    return ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") + (
-        f" {'has' if len(changed) == 1 else 'have'} changed" if changed else ""
-    )
-
-
-def remake_command(folder):
-    """Return a text that says how to make the folder of a complete run again."""
-    file = folder / "metrics.json"
-    words = load_record(file)["argv"] if file.is_file() else ["generate_pgd_adversarial.py"]
-    words = [word for word in words if word != "--overwrite"]
-    return f"To make it again: {command_line(*words, '--overwrite')}"
-
-
-def code_note(folder):
-    """Return a line if other code has made a complete run, or the adversarial images that it was trained on."""
-    record = load_record(folder / "metrics.json")
-    script = ROOT / Path(record["argv"][0]).name
-    if script.is_file() and (changed := describe_code_changes(record, code_checksums(script))):
-        return f"{folder} was made by other code ({changed}) and is used as it is. {remake_command(folder)}"
-    images = record.get("adversarial_dir")
-    return code_note(Path(images)) if images and (Path(images) / "metrics.json").is_file() else None
+def load_tensors(file):
+    """Return the content of a .pt file that save() wrote, or None if there is none or it is damaged."""
+    with suppress(Exception), zipfile.ZipFile(file) as archive:  # a damaged file raises any exception
+        if archive.testzip() is None:  # torch does not compare the checksums
+            return torch.load(file, map_location="cpu", weights_only=True)
+    return None
 
 
 def save(path, value):
-    """Write a file as a whole or not at all: tensors, a PIL image (.png), plain values as JSON, or a text.
+    """Write a file as a whole or not at all: tensors, a PIL image (.png), bytes, a text, or plain values as JSON.
 
     value   for .safetensors ({name: tensor}, {key: text}); for .pt whatever torch.save takes
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             if path.suffix == ".pt":
                 torch.save(value, file)
             elif path.suffix == ".safetensors":
                 file.write(safetensors.torch.save(*value))
-            elif path.suffix == ".png":
+            elif isinstance(value, Image.Image):
                 value.save(file, "PNG", compress_level=1)  # level 6 is 5 % smaller and takes 30 % more time
             else:
-                if not isinstance(value, str):
-                    options = {"ensure_ascii": False, "default": np.ndarray.tolist, "allow_nan": False}
-                    value = json.dumps(value, indent=1, **options) + "\n"
-                file.write(value.encode())
+                if not isinstance(value, (str, bytes)):
+                    options = {"indent": 1, "ensure_ascii": False, "allow_nan": False}
+                    value = json.dumps(value, default=lambda array: array.tolist(), **options) + "\n"
+                file.write(value if isinstance(value, bytes) else value.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -796,6 +649,9 @@ def save(path, value):
 # CLIP
 
 
+SENTENCE = "Ein Café in ZÜRICH, 3 Gäste: 一只猫"  # whose token ids tell tokenizers apart
+
+
 class Clip(torch.nn.Module):
     """An open_clip model on its device, for pixels in [0, 1] and captions.
 
@@ -803,66 +659,51 @@ class Clip(torch.nn.Module):
     config      content of its open_clip_config.json: {"model_cfg": {...}, "preprocess_cfg": {...}}
     tokenizer   open_clip's: list of captions -> (B, context_length) int64
     batch_size  images at a time
-    precision   the flag; bf16: whether gradients are computed in bfloat16. Scores are always computed in fp32
+    precision   of gradients: fp32, tf32 or bf16. Scores are always computed in fp32
     geometry    open_clip's preprocessing up to the pixels, as plain values: size, interpolation, resize_mode, ...
-    train_ids   set of the COCO ids that its weights were trained on
+    trained_on  set of Images.fingerprints() of what its weights were trained and validated on, as far as they say
     notes       what a reader of its figures must know of its weights, a list of texts
     """
 
-    def __init__(self, model, name, model_cfg, tokenizer, device, precision, batch_size, train_ids):
+    def __init__(self, model, name, model_cfg, tokenizer, device, precision, batch_size, trained_on, notes):
         super().__init__()
         self.model, self.device, self.batch_size = model.to(device).eval(), device, batch_size
         self.name, self.tokenizer = name, tokenizer
         if not all(weights.isfinite().all() for weights in model.state_dict().values()):
             raise ValueError("its weights are not finite: they are damaged, or of a training that diverged")
-        able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.precision, self.bf16 = precision, precision == "bf16" or (precision == "auto" and able)
+        self.precision = precision
         self.geometry = dict(open_clip.get_model_preprocess_cfg(model))
         self.geometry["size"] = to_2tuple(self.geometry["size"])
         preprocess_cfg = {key: value for key, value in self.geometry.items() if key != "size"}
         self.config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
         for key in ("mean", "std"):  # the normalisation is part of the model: attacks change pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
-        self.text_cache, self.train_ids, self.notes = {}, train_ids, []
-        self.weights = None  # cast_weights()'s
-        self.image_steps, self.attack_seconds = 0, 0.0  # of all attacks
+        self.text_cache, self.trained_on, self.notes = {}, trained_on, notes
+        state = {name: value for name, value in model.state_dict().items() if name != "logit_scale"}  # moves no cosine
+        self.weights_digest = gather(None if RANK else digest(*state.values()))[0]
+        self.digest = digest(self.weights_digest, model.logit_scale, self.config, tokenizer([SENTENCE]))
 
-    def encode_image(self, images):
-        """Encode (B, 3, H, W) float32 in [0, 1] to (B, D) float32, unit norm; differentiable in images and weights.
+    def encode_image(self, images, normalize=True):
+        """Encode (B, 3, H, W) float32 in [0, 1] to (B, D) float32 by open_clip's own tower.
 
-        With gradients the products are in bf16 if .bf16 is set; under torch.no_grad() all is fp32.
+        normalize   to unit norm; False gives the features before that, as in open_clip's encode_image
+
+        With gradients the products are in bf16 if that is .precision; under torch.no_grad() all is fp32.
         """
-        return self.encoder(self.bf16 and torch.is_grad_enabled(), held=False)(images)
+        bf16 = self.precision == "bf16" and torch.is_grad_enabled()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            features = self.model.encode_image((images - self.mean) / self.std).float()
+        return F.normalize(features, dim=-1) if normalize else features
 
     forward = encode_image  # for DistributedDataParallel
 
-    def attack_encoder(self, bf16=None):
-        """Return encode_image of the present weights for attacks: differentiable in the images alone.
+    def attack_encoder(self, precision=None):
+        """Return encode_image of the present weights for attacks: differentiable in the images alone, and faster.
 
-        bf16   whether its products are computed in bfloat16, by default .bf16
+        precision   of its products, by default .precision; TF32 is switched on by tf32()
         """
-        return self.encoder(self.bf16 if bf16 is None else bf16, held=True)
-
-    def encoder(self, bf16, held):
-        """Return encode_image with products in bfloat16 or float32; held: see fast_tower()."""
-        if self.weights and bf16 == self.bf16:
-            return run_tower(self.model.visual, self.weights, held)
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        if tower := fast_tower(self.model.visual, self.mean, self.std, dtype, held):
-            return tower
-
-        def encode(images):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                image_features = self.model.encode_image((images - self.mean) / self.std)
-            return F.normalize(image_features.float(), dim=-1)
-
-        return encode
-
-    def cast_weights(self):
-        """Rearrange and cast the weights for the forward passes with gradients of one training step."""
-        if is_plain(self.model.visual):
-            dtype = torch.bfloat16 if self.bf16 else torch.float32
-            self.weights = tower_weights(self.model.visual, self.mean, self.std, dtype)
+        dtype = torch.bfloat16 if (precision or self.precision) == "bf16" else torch.float32
+        return fast_tower(self.model.visual, self.mean, self.std, dtype) or self.encode_image
 
     @torch.no_grad()
     def encode_pixels(self, pixels, encode_image=None):
@@ -878,6 +719,10 @@ class Clip(torch.nn.Module):
             fail(f"{self.name}: features of images {bad[:8]} are not finite: the weights are damaged")
         return features
 
+    def similarity(self, pixels, text_features):
+        """Return the cosine of each of uint8 images (N, 3, H, W) with row i of (N, D), unit norm: (N,)."""
+        return (self.encode_pixels(pixels) * text_features).sum(-1)
+
     @torch.no_grad()
     def encode_text(self, captions):
         """Encode a list of B captions to (B, D) float32, unit norm; each caption is encoded once and kept."""
@@ -891,60 +736,60 @@ class Clip(torch.nn.Module):
         return torch.stack([self.text_cache[caption] for caption in captions])
 
 
-def fast_tower(visual, mean, std, dtype, held):
+def fast_tower(visual, mean, std, dtype):
     """Return open_clip's plain VisionTransformer in fewer operations, the same function, for a CPU or CUDA.
 
     Rearranged: normalisation folded into a patch embedding done as one product, one product for q, k and v,
-    scaled_dot_product_attention, the last block for the class token only, QuickGELU as a scaled SiLU.
+    scaled_dot_product_attention, the last block for the class token only, QuickGELU as a scaled SiLU. Weights are
+    constants: only pixels get gradients.
 
     dtype     of the blocks' products; pixels, residual stream and norms stay float32: in bf16 they made the gradient of
               some photographs useless
-    held      treat the weights as constants, so that only pixels get gradients
-    returns   (B, 3, H, W) in [0, 1] -> (B, D), unit norm; None for a tower that is not of the plain kind
+    returns   (B, 3, H, W) in [0, 1], normalize=True -> (B, D), by default of unit norm; None for a tower that is not
+              of the plain kind
     """
-    return run_tower(visual, tower_weights(visual, mean, std, dtype), held) if is_plain(visual) else None
+    if not is_plain(visual):
+        return None
+    patch, first = visual.patch_size[0], visual.transformer.resblocks[0]
+    quick = isinstance(first.mlp.gelu, open_clip.transformer.QuickGELU)
+    settings = first.attn.num_heads, first.ln_1.eps, F.silu if quick else F.gelu
+    kernel = visual.conv1.weight.detach() / std  # (W, 3, P, P)
+    embedding = kernel.flatten(1), -(kernel * mean).sum((1, 2, 3))
+    blocks = [block_weights(block, 1.702 if quick else 1.0, dtype) for block in visual.transformer.resblocks]
 
-
-def tower_weights(visual, mean, std, dtype):
-    """Return the weights of a plain tower as run_tower() takes them: of the patch embedding, of each block."""
-    quick = isinstance(visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
-    scale = 1.702 if quick else 1.0  # x sigmoid(1.702 x) = silu(1.702 x) / 1.702
-    kernel = visual.conv1.weight / std  # (W, 3, P, P)
-    blocks = []
-    for block in visual.transformer.resblocks:
-        attention, first, last = block.attn, block.mlp.c_fc, block.mlp.c_proj
-        products = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias
-        products += first.weight * scale, first.bias * scale, last.weight / scale, last.bias
-        norms = block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias
-        blocks.append((*norms, *(tensor.to(dtype) for tensor in products)))
-    return (kernel.flatten(1), -(kernel * mean).sum((1, 2, 3))), blocks
-
-
-def run_tower(visual, weights, held):
-    """Return the function of fast_tower() with weights from tower_weights()."""
-    patch, block = visual.patch_size[0], visual.transformer.resblocks[0]
-    quick = isinstance(block.mlp.gelu, open_clip.transformer.QuickGELU)
-    settings = block.attn.num_heads, block.ln_1.eps, F.silu if quick else F.gelu
-    embedding, blocks = weights
-    if held:
-        embedding = [tensor.detach() for tensor in embedding]
-        blocks = [tuple(tensor.detach() for tensor in tensors) for tensors in blocks]
-
-    def encode(images):
+    def encode(images, normalize=True):
         x = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, P, P)
         x = F.linear(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), *embedding)  # (B, hw, W)
-        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
-        x = visual.ln_pre(x)
-        again = visual.transformer.grad_checkpointing and torch.is_grad_enabled()
-        for i, tensors in enumerate(blocks):
-            inputs = x, tensors, *settings, i == len(blocks) - 1
-            x = checkpoint(tower_block, *inputs, use_reentrant=False) if again else tower_block(*inputs)
-        return F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
+        x = torch.cat([visual.class_embedding.detach().expand(len(x), 1, -1), x], 1)
+        x = layer_norm(x + visual.positional_embedding.detach(), visual.ln_pre)
+        for i, weights in enumerate(blocks):
+            x = tower_block(x, weights, *settings, last=i == len(blocks) - 1)
+        features = layer_norm(x[:, 0], visual.ln_post) @ visual.proj.detach()
+        return F.normalize(features, dim=-1) if normalize else features
 
     return encode
 
 
-def tower_block(x, weights, heads, eps, activation, last):
+def layer_norm(x, norm):
+    """Compute a LayerNorm, or the Identity that stands for none, with its weights as constants."""
+    if isinstance(norm, torch.nn.Identity):
+        return x
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps)
+
+
+def block_weights(block, scale, dtype):
+    """Return the weights of a block of a plain tower as tower_block() takes them.
+
+    scale   1.702 for QuickGELU: x sigmoid(1.702 x) = silu(1.702 x) / 1.702
+    """
+    attention, first, last = block.attn, block.mlp.c_fc, block.mlp.c_proj
+    products = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias
+    products += first.weight * scale, first.bias * scale, last.weight / scale, last.bias
+    norms = block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias
+    return [*(tensor.detach() for tensor in norms), *(tensor.detach().to(dtype) for tensor in products)]
+
+
+def tower_block(x, weights, heads, eps, activation, last=False):
     """Compute a block of a plain tower: (B, N, W) float32 -> the same; the last one gives (B, 1, W), the class token.
 
     weights   weight and bias of both norms, float32; then of q, k and v, of the attention's output, and of both layers
@@ -1034,42 +879,6 @@ def model_folder(name):
     if not any((folder / file).is_file() for file in WEIGHTS) and unreachable:
         raise unreachable
     return folder
-
-
-def model_checksums(name, pretrained="", flag="--model"):
-    """Return what identifies a model beside its name: {file: sha256}, or for the hub {name: commit}.
-
-    flag   the flag that the name comes from, for messages
-    """
-    files = [pretrained] if is_file(pretrained) else []
-    with exit_on_error(f"cannot load {flag} {name}"):
-        if name.startswith("hf-hub:"):
-            return {name: model_folder(name).name} | file_checksums(files)
-        if name.startswith("local-dir:"):
-            folder = model_folder(name)
-            configs = ["open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json"]
-            configs += ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
-            files += [folder / file for file in configs if (folder / file).is_file()]
-            files += [] if pretrained else [weights_file(folder)]
-        return file_checksums(files)
-
-
-def source_checksums(source):
-    """Return model_checksums() of a row of evaluate.py, from local-dir:, hf-hub: or a file of weights."""
-    if source.startswith(SCHEMAS):
-        return model_checksums(source, flag="--checkpoint")
-    with exit_on_error(f"cannot load --checkpoint {source}"):
-        return file_checksums([source])
-
-
-def file_checksums(files):
-    """Return {file: sha256} of files, or {FILE::PLACE: sha256::PLACE}."""
-    checksums = {}
-    for text in files:
-        file, place = split_place(str(text))
-        mark, about = "" if place is None else f"::{place}", os.stat(file)
-        checksums[relative_paths(f"{Path(file)}{mark}")] = checksum(file, about.st_size, about.st_mtime_ns) + mark
-    return checksums
 
 
 def split_place(text):
@@ -1217,19 +1026,17 @@ def rename_from_transformers(tensors):
     return renamed
 
 
-def save_model(folder, clip, train_ids):
+def save_model(folder, clip, trained_on):
     """Write a model that open_clip opens as local-dir:FOLDER. If its configuration, written last, exists, all is there.
 
-    train_ids   COCO ids that it was trained on, stored in the metadata of the weights
+    trained_on   Images.fingerprints() of its images, stored in the metadata of the weights
     """
-    config = folder / "open_clip_config.json"
-    config.unlink(missing_ok=True)
     weights = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in clip.model.state_dict().items()}
-    metadata = {"train_ids": json.dumps(sorted(train_ids))}  # one key: several would be written in a random order
+    metadata = {"train_ids": json.dumps(sorted(trained_on, key=str))}  # one key: several have a random order
     save(folder / "open_clip_model.safetensors", (weights, metadata))
     if hasattr(clip.tokenizer, "save_pretrained"):  # open_clip looks for a tokenizer of Hugging Face in the folder
         clip.tokenizer.save_pretrained(folder)
-    save(config, clip.config)
+    save(folder / "open_clip_config.json", clip.config)
 
 
 def shared_preprocessing(name):
@@ -1241,11 +1048,12 @@ def shared_preprocessing(name):
     return found[0] if found and all(one == found[0] for one in found) else None
 
 
-def load_clip(args, source=None):
+def load_clip(args, source=None, training=False):
     """Load the CLIP of --model and --pretrained, or another one.
 
-    source   local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model, FILE or FILE::PLACE: of a whole model, or
-             of a visual tower alone, in which case the text tower of --pretrained stays
+    source     local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model, FILE or FILE::PLACE: of a whole model,
+               or of a visual tower alone, in which case the text tower of --pretrained stays
+    training   whether --precision auto is for training steps or the images to train on
     """
     name, pretrained = args.model, args.pretrained
     if source and source.startswith(SCHEMAS):
@@ -1257,20 +1065,32 @@ def load_clip(args, source=None):
             os.stat(split_place(pretrained)[0])  # its error says why there is no such file
         make = model_from_folder if name.startswith(SCHEMAS) else model_by_name
         model, model_cfg, tokenizer, weights = make(name, pretrained)
-    train_ids, notes = set(), []
+    trained_on, notes = set(), []
     for file, tower_alone in ((weights, False), (source, True)):
         if file:
             with exit_on_error(f"cannot use {file}"):
-                ids, unused = load_weights(model, str(file), tower_alone)
-            train_ids |= ids
+                fingerprints, unused = load_weights(model, str(file), tower_alone)
+            trained_on |= fingerprints
             if unused:
                 notes.append(f"{unused} in the file of its weights is not used")
                 print(f"note: {file}: {unused} is not used")
     with exit_on_error(f"cannot use {source or weights or pretrained} for {name}"):
         device = pick_device(args.device)
-        clip = Clip(model, name, model_cfg, tokenizer, device, args.precision, args.batch_size, train_ids)
-    clip.notes = notes
-    return clip
+        precision = pick_precision(args.precision, device, training and is_plain(model.visual))
+        return Clip(model, name, model_cfg, tokenizer, device, precision, args.batch_size, trained_on, notes)
+
+
+def pick_precision(name, device, bf16):
+    """Return the precision of gradients, fp32, tf32 or bf16, for --precision.
+
+    bf16   whether auto may be bf16: figures that are printed are attacked in TF32 on a GPU, and so is a tower outside
+           the fast form, whose residual stream autocast keeps in bf16
+    """
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if bf16 and torch.cuda.is_bf16_supported(including_emulation=False) else "tf32"
 
 
 def model_from_folder(name, pretrained):
@@ -1336,7 +1156,7 @@ def load_weights(model, file, tower_alone=False):
     file          FILE or FILE::PLACE: .safetensors, or written by torch.save. The tensors may stand in dictionaries of
                   any depth, under any prefix, which together are their place; PLACE chooses between different ones
     tower_alone   whether a visual tower without a text tower is enough
-    returns       the COCO ids that it was trained on; the name of the first tensor that is left out, or None
+    returns       Images.fingerprints() of what it was trained on; the name of the first tensor left out, or None
     """
     path, chosen = split_place(file)
     saved, train_ids = read_tensors(path)
@@ -1387,7 +1207,7 @@ def read_tensors(file):
     if start[8:9] == b"{":  # safetensors: after the length of a header in JSON
         with safetensors.safe_open(file, "pt") as opened:
             train_ids = json.loads((opened.metadata() or {}).get("train_ids", "[]"))
-            return {key: opened.get_tensor(key) for key in opened.keys()}, {int(i) for i in train_ids}  # noqa: SIM118
+            return {key: opened.get_tensor(key) for key in opened.keys()}, {*train_ids}  # noqa: SIM118
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
@@ -1399,7 +1219,7 @@ def read_tensors(file):
         raise ValueError("it holds code, or objects that are not plain tensors, or is damaged") from None
     if not isinstance(saved, dict):
         raise ValueError(f"it holds a {type(saved).__name__}, not a dictionary of tensors")
-    return saved, {int(i) for i in saved.get("train_ids", ())}
+    return saved, {*saved.get("train_ids", ())}
 
 
 def flatten(saved, where=""):
@@ -1491,32 +1311,9 @@ def as_images(pixels, device):
     return torch.tensor(np.asarray(pixels), device=device).float() / 255
 
 
-class TrainingImages:
-    """Images of a training by their indices: float32 (B, 3, H, W) in [0, 1] on the device.
-
-    pixels   uint8 (N, 3, H, W), numpy or a column of examples; kept on a GPU where they take at most a quarter of its
-             free memory, else each batch is copied there. The host does not wait for the GPU either way.
-    """
-
-    def __init__(self, pixels, device):
-        self.pixels, self.device = pixels, device
-        if device.type == "cuda" and len(pixels) * pixels[0].nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            self.pixels = torch.from_numpy(np.array(pixels[:])).to(device)
-
-    def __getitem__(self, indices):
-        if isinstance(self.pixels, torch.Tensor):
-            return take(self.pixels, indices).float() / 255
-        return to_device(torch.from_numpy(np.array(self.pixels[indices])), self.device).float() / 255
-
-
-def to_device(tensor, device):
-    """Copy a tensor from the CPU to a device; the host does not wait for a GPU."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def take(rows, indices):
     """Return rows[indices] of a tensor, on its device; indices are a numpy array."""
-    return rows[to_device(torch.from_numpy(indices), rows.device)]
+    return rows[torch.from_numpy(indices).to(rows.device)]
 
 
 def is_own(source):
@@ -1524,127 +1321,147 @@ def is_own(source):
     return source.endswith(".json") or any(os.path.isfile(os.path.join(source, name)) for name in METADATA)
 
 
-def load_rows(args, split, count=None):
-    """Return the first images of a split as a datasets.Dataset with these columns:
+@dataclass
+class Entry:
+    """An image of a data set and its captions, before the image is read; fields as in Images."""
 
-    path      of the image, as the data set names it
-    name      of the file of its adversarial image
-    coco_id   None for an image that is not known to be COCO's
-    captions  of the image; caption is the first of them, which is attacked
-    texts     the captions to retrieve from with --candidates mmeb
-    checksum  of path, captions and the content of the image file, which is not decoded; on a hub the commit stands for
-              the content
+    path: str  # as the data set names it
+    captions: list
+    candidates: list
+    coco_id: int | None
+    name: str = ""
 
-    count   how many images, by default --num_images, which is set to their number if it was not given
+
+@dataclass
+class Images:
+    """Images of a split in a model's geometry, with their captions; images[a:b] has some of them."""
+
+    pixels: np.ndarray  # uint8 (N, 3, H, W)
+    paths: list  # as the data set names them
+    captions: list  # [[caption]]: of each image the first one is attacked
+    candidates: list  # [[caption]]: to retrieve from with --candidates mmeb
+    coco_ids: list  # None for an image that is not known to be COCO's
+    names: list  # of the files of the adversarial images
+    checksums: list  # of path, captions and the bytes of the image file
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, part):
+        return Images(*(getattr(self, field.name)[part] for field in fields(self)))
+
+    @property
+    def own_captions(self):
+        """The caption of each image that is attacked."""
+        return [captions[0] for captions in self.captions]
+
+    def fingerprints(self):
+        """Return what a copy of an image is recognised by, {COCO id or digest of its pixels: path}."""
+        ids = {coco_id: path for coco_id, path in zip(self.coco_ids, self.paths) if coco_id is not None}
+        return ids | {digest(pixels): path for pixels, path in zip(self.pixels, self.paths)}
+
+    def digest(self):
+        """Return a digest of the files and captions."""
+        return digest(self.checksums)
+
+
+def load_images(args, split, geometry, start=0, count=None):
+    """Read and decode images of a split: Images.
+
+    geometry       of a Clip
+    start, count   the first image, and how many; by default --num_images, or else all of them
     """
-    source, folder = getattr(args, f"{split}_data"), image_folder(args, split)
-    rows, commit = read_rows(args, split)
-    if count is None:
-        args.num_images = count = args.num_images or len(rows)
+    source = getattr(args, f"{split}_data")
     with exit_on_error(f"--{split}_data {source}"):
-        if len(rows) < count:
+        rows = read_rows(args, split)
+        count = count or args.num_images or len(rows)
+        if len(rows) < start + count:
             kind = "train2014 images" if split == "train" and not is_own(source) else "images"
-            raise ValueError(f"it has {len(rows)} distinct {kind}, and {count} are needed: lower --num_images")
-        rows = rows.select(range(count))
-        if os.path.isdir(folder):
-            found = find_images(folder, rows["path"][:], args.skip_bad_images)
-            contents = [content_checksum(*found[path]) if path in found else "missing" for path in rows["path"]]
-        else:
-            contents = [commit] * count
-        checksums = [digest(row) for row in zip(rows["path"], rows["captions"], contents)]
-        return rows.add_column("checksum", checksums)
+            raise ValueError(f"it has {len(rows)} distinct {kind}, and {start + count} are needed: lower --num_images")
+        rows, transform = rows[start : start + count], to_geometry(geometry)
+        folder, paths = image_folder(args, split), [row.path for row in rows]
+        if not os.path.isdir(folder):
+            folder = fetch_images(folder, paths, Path(args.cache_dir, digest(source)), args.skip_bad_images)
+        found = find_images(folder, paths, args.skip_bad_images)
 
+        def load(row):
+            try:
+                if row.path not in found:
+                    raise ValueError("it is missing")
+                data = read_file(*found[row.path])
+                return digest(row.path, row.captions, data), transform(read_image(data))
+            except Exception as error:  # a damaged file raises any exception
+                message = f"broken image {row.path} ({describe(error)})"
+                if not args.skip_bad_images:
+                    raise ValueError(f"{message}; --skip_bad_images leaves such images out") from None
+                print(f"{message}: left out")
 
-def load_training_rows(args):
-    """Return --num_images training images and then --val_images for validation; of own pictures by default a tenth."""
-    if args.num_images is None or args.val_images is None:
-        count = len(read_rows(args, "train")[0])
-        args.val_images = args.val_images or min(PRESETS["val_images"][args.preset], max(1, count // 10))
-        args.num_images = args.num_images or max(1, count - args.val_images)
-    return load_rows(args, "train", args.num_images + args.val_images)
-
-
-def known_ids(examples):
-    """Return the COCO ids of the images that have one."""
-    return [coco_id for coco_id in examples["coco_id"] if coco_id is not None]
+        with ThreadPoolExecutor(args.num_workers) as pool:
+            loaded = list(progress(pool.map(load, rows), "decode", count, "image"))
+        kept = [(row, *result) for row, result in zip(rows, loaded) if result]
+        if not kept:
+            raise ValueError("none of the images could be decoded")
+        if len(kept) < count:
+            print(f"--{split}_data {source}: {count - len(kept)} broken or missing images are left out")
+    rows, checksums, pixels = zip(*kept)
+    columns = ([getattr(row, name) for row in rows] for name in ("path", "captions", "candidates", "coco_id", "name"))
+    return Images(np.stack(pixels), *columns, [*checksums])
 
 
 def image_folder(args, split):
     """Return the folder of a split's images: --image_root, the folder of a captions_*.json, or the data set itself."""
-    source = getattr(args, f"{split}_data")
-    folder = os.path.dirname(source) or "." if source.endswith(".json") else source
-    roots = image_roots(args)
-    given = [root for its, root in roots if its == split] or [root for its, root in roots if its is None] or [folder]
-    if len(given) > 1:
-        fail(f"--image_root {' '.join(given)}: give one folder, or one for each split: train=DIR eval=DIR")
-    return given[0]
-
-
-def image_roots(args):
-    """Return the folders of --image_root: [(split or None for both, folder)]."""
-    roots = []
+    given = {}
     for root in args.image_root or ():
-        split, equals, folder = root.partition("=")
-        split, folder = (split, folder) if equals and split in SPLITS else (None, root)
+        its_split, equals, folder = root.partition("=")
+        if not equals or its_split not in SPLITS:
+            its_split, folder = None, root  # of both splits
         if not os.path.isdir(folder):
             fail(f"--image_root {root} is not a folder")
-        roots.append((split, folder))
-    return roots
-
-
-def content_checksum(files, name):
-    """Return a checksum of an image file in a folder, or in a zip, whose directory has one."""
-    if isinstance(files, zipfile.ZipFile):
-        member = files.getinfo(name)
-        return f"{member.CRC:08x} {member.file_size}"
-    checksum, size = 0, 0
-    with files.open(name) as file:
-        while block := file.read(2**20):
-            checksum, size = zlib.crc32(block, checksum), size + len(block)
-    return f"{checksum:08x} {size}"
+        given.setdefault(its_split, []).append(folder)
+    source = getattr(args, f"{split}_data")
+    default = os.path.dirname(source) or "." if source.endswith(".json") else source
+    folder, *others = given.get(split) or given.get(None) or [default]
+    if others:
+        fail(f"--image_root {folder} {others[0]}: give one folder, or one for each split: train=DIR eval=DIR")
+    return folder
 
 
 def read_rows(args, split):
-    """Return all distinct images of a split, as in load_rows(), and the commit of a hub's data set or None."""
+    """Return all distinct images of a split, not yet read: [Entry]."""
     source = getattr(args, f"{split}_data")
     with exit_on_error(f"--{split}_data {source}"):
         if source.endswith(".json"):
-            rows, commit = read_coco(source), None
+            rows = read_coco(source)
         elif is_own(source):
-            rows, commit = read_imagefolder(source), None
+            rows = read_imagefolder(source)
         else:
-            rows, commit = read_mmeb(source, split)
+            rows = read_mmeb(source, split)
         kept = {}  # the first row of each image
         for where, path, coco_id, captions, texts in rows:
             if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError(f"{where} has an empty caption, or one that is no text")
             captions, texts = ([text.strip() for text in part] for part in (captions, texts))
-            row = {"path": path, "coco_id": coco_id, "captions": captions, "texts": texts, "caption": captions[0]}
-            kept.setdefault(path if is_own(source) else coco_id, row)
+            entry = Entry(path, captions, texts, coco_id)
+            kept.setdefault(path if is_own(source) else coco_id, entry)
         if not kept:
             raise ValueError("it has no image with a caption")
-        times = Counter(row["coco_id"] for row in kept.values())
-        for position, row in enumerate(kept.values()):
-            own_id = row["coco_id"] is not None and times[row["coco_id"]] == 1
-            row["name"] = f"{row['coco_id']:012d}" if own_id else f"{position:06d}"
-        kinds = {"path": "string", "name": "string", "coco_id": "int64", "caption": "string"}
-        kinds = {key: datasets.Value(kind) for key, kind in kinds.items()}
-        kinds |= {key: datasets.List(datasets.Value("string")) for key in ("captions", "texts")}
-        columns = {key: [row[key] for row in kept.values()] for key in kinds}
-        return datasets.Dataset.from_dict(columns, datasets.Features(kinds)), commit
+        times = Counter(entry.coco_id for entry in kept.values())
+        for position, entry in enumerate(kept.values()):
+            own_id = entry.coco_id is not None and times[entry.coco_id] == 1
+            entry.name = f"{entry.coco_id:012d}" if own_id else f"{position:06d}"
+        return [*kept.values()]
 
 
 def read_mmeb(source, split):
     """Read MMEB's rows from the hub or a local copy of any part of it: [(where, path, coco_id, captions, texts)]."""
     name, path_column, text_column, wanted = SPLITS[split]
-    columns, commit = [path_column, text_column], None
+    columns = [path_column, text_column]
     if os.path.isdir(source):
         tables = [pq.read_table(file, columns=columns) for file in mmeb_files(source, name, columns)]
     elif os.path.exists(source) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         raise ValueError("it is neither a local folder nor a hub id such as TIGER-Lab/MMEB-train")
     else:
         table = datasets.load_dataset(source, CONFIG, split=name, verification_mode="no_checks")  # of a stale row count
-        commit = re.search(r"@([0-9a-f]{40})/", " ".join(table.info.download_checksums or ()))
         # arrow's format does not decode images, whatever the data set declares a column to be
         tables = [table.select_columns(columns).with_format("arrow")[:]]
     rows = []
@@ -1656,7 +1473,7 @@ def read_mmeb(source, split):
                 raise ValueError(f"{where}: {path_column} {str(path)[:99]!r} is not the path of a COCO 2014 image")
             texts = [texts] if isinstance(texts, str) else texts
             rows.append((f"{where}: {text_column}", path, int(match[2]), (texts or [])[:1], texts, match[1]))
-    return [row[:-1] for row in rows if row[-1].startswith(wanted)], commit and commit[1]
+    return [row[:-1] for row in rows if row[-1].startswith(wanted)]
 
 
 def mmeb_files(folder, split, columns):
@@ -1712,88 +1529,38 @@ def read_coco(file):
     return [(repr(path[:99]), path, coco_id_of(path), texts, texts) for path, texts in captions.items() if texts]
 
 
-def load_examples(args, split, rows, geometry):
-    """Decode the images of rows: a datasets.Dataset with their columns and pixels, uint8 (3, H, W).
-
-    geometry   of a Clip; the images are decoded once for each geometry, into a memory-mapped file in --cache_dir
-    """
-    source = getattr(args, f"{split}_data")
-    with exit_on_error(f"--{split}_data {source}"):
-        key = digest([rows.to_dict(), geometry, args.skip_bad_images])
-        cache = Path(args.cache_dir, f"{key}.arrow").absolute()
-        if RANK:
-            gather()  # rank 0 decodes, and the others wait
-        examples = None
-        with suppress(ValueError, OSError):  # the file is missing or damaged
-            examples = datasets.Dataset.from_file(str(cache))
-        if examples is None or (len(examples) < len(rows) and not args.skip_bad_images):  # the file is cut
-            examples = decode_rows(image_folder(args, split), rows, geometry, args.skip_bad_images, cache)
-        if not RANK:
-            gather()
-        if len(examples) == 0:
-            cache.unlink(missing_ok=True)  # so that the next run names the broken images again
-            raise ValueError("none of the images could be decoded")
-        if len(examples) < len(rows):
-            print(f"--{split}_data {source}: {len(rows) - len(examples)} broken or missing images are left out")
-        return examples.with_format("numpy", columns=["pixels"], output_all_columns=True, dtype=np.uint8)
-
-
-def decode_rows(folder, rows, geometry, skip_bad_images, cache):
-    """Decode the images of rows into the file cache and return them; exit at a broken image, or leave it out."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    need = 1.1 * len(rows) * 3 * math.prod(geometry["size"])
-    if shutil.disk_usage(cache.parent).free < need:
-        fail(f"--cache_dir {cache.parent} needs {need / 1e9:.2f} GB for decoded images: free some space first")
-    found, transform = find_images(folder, rows["path"][:], skip_bad_images), to_geometry(geometry)
-    kinds = datasets.Features(rows.features | {"pixels": datasets.Array3D((3, *geometry["size"]), "uint8")})
-
-    def decode(path):
-        try:
-            if path not in found:
-                raise ValueError("it is missing")
-            files, name = found[path]
-            with files.open(name) as file:
-                data = read_bytes(file)
-            return transform(read_image(data))
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
-            message = f"broken image {path} ({describe(error)})"
-            if not skip_bad_images:
-                raise ValueError(f"{message}; --skip_bad_images leaves such images out") from None
-            print(f"{message}: left out")
-
-    def decode_batch(batch):
-        columns = {**batch, "pixels": [decode(path) for path in batch["path"]]}
-        sound = [i for i, pixels in enumerate(columns["pixels"]) if pixels is not None]
-        return {name: [values[i] for i in sound] for name, values in columns.items()}
-
-    options = {"batched": True, "batch_size": 64, "features": kinds, "new_fingerprint": cache.stem}
-    options["load_from_cache_file"] = False  # a file there is damaged
-    return rows.map(decode_batch, **options, cache_file_name=str(cache), desc="decode")
-
-
 def to_geometry(geometry):
     """Return open_clip's own preprocessing up to the pixels: PIL image -> uint8 (3, H, W)."""
     resize = image_transform_v2(PreprocessCfg(**geometry), is_train=False)
     del resize.transforms[-2:]  # the conversion to float and the normalisation
-    return lambda image: np.asarray(resize(image)).transpose(2, 0, 1)
+    return lambda image: to_array(resize(image))
 
 
-def read_bytes(file):
-    """Read an opened image file as a whole; ValueError if it is more than its pixels can take, as a zip bomb is."""
-    data = file.read(20_000_000)
-    if more := file.read(1):
-        webp = data[8:12] == b"WEBP"  # which Pillow opens as a whole only
-        limit = 200_000_000 if webp else 8 * math.prod(open_image(data, FORMATS).size)
-        data += more + file.read(limit)
-        if file.read(1):
-            raise ValueError(f"more than {len(data) / 1e6:.0f} MB")
+def to_array(image):
+    """Convert a PIL image, RGB, to uint8 (3, H, W)."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def read_file(files, name):
+    """Read an image file as a whole; ValueError if it is more than its pixels can take, as a zip bomb is.
+
+    files   the file system or ZipFile that opens it
+    """
+    with files.open(name) as file:
+        data = file.read(20_000_000)
+        if more := file.read(1):
+            webp = data[8:12] == b"WEBP"  # which Pillow opens as a whole only
+            limit = 200_000_000 if webp else 8 * math.prod(open_image(data).size)
+            data += more + file.read(limit)
+            if file.read(1):
+                raise ValueError(f"more than {len(data) / 1e6:.0f} MB")
     return data
 
 
-def open_image(data, formats):
+def open_image(data):
     """Open the bytes of an image file, or the first of them, as a PIL image that is not decoded yet."""
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > LARGEST_IMAGE or max(width, height) > 500 * min(width, height):
             raise ValueError(f"{width} x {height} pixels")
@@ -1804,9 +1571,9 @@ def open_image(data, formats):
         raise ValueError(describe(error)) from None
 
 
-def read_image(data, formats=FORMATS):
+def read_image(data):
     """Decode the bytes of an image file to a PIL image, RGB; ValueError if it is no image of 8 bits a channel."""
-    image = open_image(data, formats)
+    image = open_image(data)
     try:
         ImageOps.exif_transpose(image, in_place=True)  # phones store photographs rotated
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -1845,11 +1612,11 @@ def find_images(source, paths, skip_missing=False):
         try:
             members = zipfile.ZipFile(file)
             files |= {f"{archive}/{name}": (members, name) for name in members.namelist()}
-            looked_into.append(archive)
+            looked_into.append(os.path.relpath(archive, root))
         except zipfile.BadZipFile as error:  # it may be none that is needed
-            looked_into.append(f"{archive} ({describe(error)})")
+            looked_into.append(f"{os.path.relpath(archive, root)} ({describe(error)})")
     for path, nearest in match_files(elsewhere, files).items():
-        if len(nearest) > 1 and len({content_checksum(*files[name]) for name in nearest}) > 1:
+        if len(nearest) > 1 and len({digest(read_file(*files[name])) for name in nearest}) > 1:
             advice, choices = "give a folder with the right one alone by --image_root", " or ".join(nearest[:3])
             raise ValueError(f"images of one name differ; {advice}: {path} may be {choices}")
         found[path] = files[nearest[0]]
@@ -1859,6 +1626,18 @@ def find_images(source, paths, skip_missing=False):
         first, places = ", ".join(missing[:5]), ", ".join(looked_into[:5])
         raise ValueError(f"{len(missing)} of {len(paths)} images are missing; {advice}: {first} (looked into {places})")
     return found
+
+
+def fetch_images(source, paths, folder, skip_missing):
+    """Unpack the images of paths that a zip on a hub holds into a folder, and return it; no hub is asked for others."""
+    missing = [path for path in paths if not (folder / PurePosixPath(path).name).is_file()]
+    if missing and not RANK:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = find_images(source, missing, skip_missing)
+        for path, place in progress(found.items(), "download", unit="image"):
+            save(folder / PurePosixPath(path).name, read_file(*place))
+    gather()
+    return str(folder)
 
 
 def match_files(paths, files):
@@ -1879,30 +1658,32 @@ def match_files(paths, files):
     return matches
 
 
-def load_training_sets(args, rows, geometry):
-    """Decode rows into --num_images training images and the validation images after them.
+def load_training_images(args, geometry):
+    """Load --num_images training images, and --val_images after them, by default a tenth: (Images, Images).
 
     Exit if one of them is an evaluation image: by its COCO id, compared with the whole evaluation split, or by its
     pixels, compared with the images of the preset's table.
     """
-    training = load_examples(args, "train", rows.select(range(args.num_images)), geometry)
-    validation = load_examples(args, "train", rows.select(range(args.num_images, len(rows))), geometry)
+    preset, count, held_out = PRESETS[args.preset], args.num_images, args.val_images
+    if count is None or held_out is None:
+        available = len(read_rows(args, "train"))
+        held_out = held_out or min(preset["val_images"], max(1, available // 10))
+        count = count or max(1, available - held_out)
+    training = load_images(args, "train", geometry, 0, count)
+    check_batch(args, len(training))
+    validation = load_images(args, "train", geometry, count, held_out)
     if not args.eval_data:
         print("no --eval_data was given: whether evaluation images are trained on is not checked")
         return training, validation
-    evaluated, _ = read_rows(args, "eval")
-    both = datasets.concatenate_datasets([training, validation])
-    if shared := {*both["coco_id"]} & {*evaluated["coco_id"]} - {None}:
-        leaked = f"{len(shared)} images of --eval_data {args.eval_data}"
-        fail(f"leakage: {leaked} are trained on, such as COCO id {min(shared)}")
-    count = len(evaluated)
-    if not is_own(args.eval_data):
-        count = min(count, PRESETS["eval_images"][args.preset])
-    used = load_examples(args, "eval", load_rows(args, "eval", count), geometry)
-    path_of = {row["pixels"].tobytes(): row["path"] for row in used}
-    for row in both:
-        if path := path_of.get(row["pixels"].tobytes()):
-            fail(f"leakage: training image {row['path']} has the same pixels as evaluation image {path}")
+    rows = read_rows(args, "eval")
+    count = len(rows) if is_own(args.eval_data) else min(len(rows), preset["eval_images"])
+    evaluated = {row.coco_id: row.path for row in rows if row.coco_id is not None}
+    evaluated |= load_images(args, "eval", geometry, 0, count).fingerprints()
+    trained = training.fingerprints() | validation.fingerprints()
+    if shared := trained.keys() & evaluated.keys():
+        first = min(shared, key=str)
+        paths = f"{trained[first]} is {evaluated[first]} of --eval_data {args.eval_data}"
+        fail(f"leakage: {len(shared)} ids or contents of evaluation images are trained on: {paths}")
     return training, validation
 
 
@@ -1929,13 +1710,13 @@ def white_box(eps, steps, through_jpeg=False):
     return Attack(eps, first * eps, steps, seed=None, momentum=momentum)
 
 
-def pgd(loss_fn, images, attack, start=None, check_range=True):
+def pgd(loss_fn, images, attack, start=None, after_step=None):
     """Search the L-inf ball around images for the pixels that maximise loss_fn.
 
     images    (B, 3, H, W) float32 in [0, 1], before CLIP's normalisation
     loss_fn   maps such a batch to (B,) losses, one per image, higher = worse for the model
     start     where to begin, like images; it is moved into the ball. None begins at images
-    check_range   check that the pixels lie in [0, 1], for which the host waits for the device
+    after_step   called after each step, for a progress bar
     returns   like images, for each the iterate of the highest loss; {what went wrong: in which images, (B,) bool}
 
     PGD of Madry et al. 2018 (arXiv:1706.06083), except that the best iterate is kept, not the last. With momentum it is
@@ -1946,7 +1727,7 @@ def pgd(loss_fn, images, attack, start=None, check_range=True):
     pixel, so that neither passes for robustness. Pixels outside [0, 1] raise ValueError. No parameter's .grad is
     changed. The caller chooses the model's mode.
     """
-    if check_range and (images.min() < 0 or images.max() > 1):
+    if images.min() < 0 or images.max() > 1:
         raise ValueError(f"pgd needs pixels in [0, 1], got [{images.min():.2f}, {images.max():.2f}]: normalised?")
     lower, upper = (images - attack.eps).clamp(min=0), (images + attack.eps).clamp(max=1)
     x = images if start is None else start.clamp(lower, upper)
@@ -1965,6 +1746,8 @@ def pgd(loss_fn, images, attack, start=None, check_range=True):
             grad = torch.where(finite[:, None, None, None], grad, 0)
             zero |= finite & (grad == 0).flatten(1).all(1)
         nonfinite |= ~finite
+        if after_step:
+            after_step()
         x, loss = x.detach(), loss.detach()
         better = loss > best_loss  # False where the loss is NaN
         best_loss = torch.where(better, loss, best_loss)
@@ -1975,14 +1758,14 @@ def pgd(loss_fn, images, attack, start=None, check_range=True):
         velocity = attack.momentum * velocity + grad / size
         shrink = max(0.03, (1 + math.cos(math.pi * step / attack.steps)) / 2) if attack.momentum else 1
         x = (x + attack.alpha * shrink * velocity.sign()).clamp(lower, upper)
-    return best, {"images_with_zero_gradients": zero, "images_with_nonfinite_values": nonfinite}
+    return best, {"zero_gradient": zero, "nonfinite": nonfinite}
 
 
 def start_noise(images, eps, seed, indices):
     """Add uniform noise in [-eps, eps] to images, each by its own (seed, index), so that no batch size matters."""
     noise = torch.empty(images.shape)
     for row, index in zip(noise, indices):
-        row.uniform_(-1, 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
+        row.uniform_(-1, 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(index)))
     return images + eps * noise.to(images.device)
 
 
@@ -1998,97 +1781,57 @@ def to_pixels(images, pixels, eps):
     return (pixels + delta).clamp(0, 255).byte().cpu()
 
 
-def attack_images(attack, loss, pixels, clip, start=None, run=None, what="attack", first=0, keys="", precision=None):
-    """Attack every image, a batch at a time; under torchrun this process's share: rank 0 has the first images.
+def attack_batch(attack, loss_fn, pixels, clip, indices, start=None, precision=None, after_step=None):
+    """Attack one batch of uint8 images (B, 3, H, W), rounded to uint8 inside the ball.
 
-    loss        (encode_image, slice of the images) -> loss_fn of them for pgd(), such as partial(own_caption, ...)
-    pixels      uint8 (N, 3, H, W), or a column of examples
-    start       like pixels: where the attack begins, by default at the images; attack.seed adds noise
-    run         stores each batch under (what, attack, its pixels and keys): one that a killed run has stored is not
-                attacked again
-    first       index of the first image to attack
-    keys        what else a result depends on: a list, one text an image, or one text for all
-    precision   bf16, tf32 or fp32, of the gradients; by default that of the model
-    yields      (slice, pixels_adv uint8 (B, 3, H, W) on the CPU, {possible problem of the attack: number of images})
-
-    Where the memory of a GPU is full, the batch is halved: no image depends on the others of its batch.
+    indices   of the images among all of the run: their noise is drawn by these
+    start     like pixels: where the attack begins, by default at the images; attack.seed adds noise
+    returns   pixels_adv uint8 (B, 3, H, W) on the CPU; {what went wrong: (B,) bool} of pgd()
     """
-    precision = precision or ("bf16" if clip.bf16 else "fp32")
-    phases = attack_phases(attack, precision)
-    clip.batch_size = min(gather(clip.batch_size))  # one process may have halved its own
-    size = max(1, min(clip.batch_size, math.ceil((len(pixels) - first) / PROCESSES)))  # so that all have work
-    starts = np.array_split(np.arange(first, len(pixels), size), PROCESSES)[RANK].tolist()
-    total = min(len(starts) * size, len(pixels) - first) * sum(phase.steps + 1 for _, phase in phases)
+    images, x = (as_images(values, clip.device) for values in (pixels, pixels if start is None else start))
+    if attack.seed is not None:
+        x = start_noise(x, attack.eps, attack.seed, indices)
+    with tf32((precision or clip.precision) != "fp32"):
+        x, wrong = pgd(loss_fn, images, attack, x, after_step)
+    return to_pixels(x, pixels, attack.eps), {key: value.cpu() for key, value in wrong.items()}
 
-    def attack_slice(here, clean, begin):
-        """Attack the images of a slice: pixels_adv, health."""
-        images, x = as_images(clean, clip.device), as_images(begin, clip.device)
-        if attack.seed is not None:
-            x = start_noise(x, attack.eps, attack.seed, range(here.start, here.stop))
-        wrong = []
-        for phase_precision, phase in phases:
-            loss_fn = loss(clip.attack_encoder(phase_precision == "bf16"), here)
-            with tf32(phase_precision == "tf32"):
-                x, wrong_now = pgd(partial(counted, loss_fn), images, phase, x)
-            wrong.append(wrong_now)
-        pixels_adv = to_pixels(x, clean, attack.eps)
-        linf = linf_grey_levels(clean, pixels_adv)
-        health = {"max_abs_delta_grey_levels": int(linf.max()), "images_unmoved": int((linf == 0).sum())}
-        return pixels_adv, health | {key: int(sum(each[key] for each in wrong).bool().sum()) for key in wrong[0]}
 
+def my_batches(indices, batch_size):
+    """Return this process's share of some images as batches of their indices: the first ones for rank 0."""
+    size = max(1, min(batch_size, math.ceil(len(indices) / PROCESSES)))  # so that all have work
+    starts = np.array_split(np.arange(0, len(indices), size), PROCESSES)[RANK]
+    return [np.asarray(indices[start : start + size]) for start in starts]
+
+
+def attack_all(attack, loss, pixels, clip, start=None, run=None, what="attack", keys=(), precision=None):
+    """Attack every image, a batch at a time; under torchrun each process attacks its share, and all get the result.
+
+    loss      (encode_image, indices) -> loss_fn of those images for pgd(), such as partial(own_caption, ...)
+    start     like pixels: where the attack begins, by default at the images
+    run       stores each batch under (what, attack, keys, its pixels): one that a killed run has stored is not
+              attacked again
+    keys      what else a result depends on
+    precision   of the gradients, by default that of clip
+    returns   pixels_adv uint8 (N, 3, H, W) on the CPU, {what went wrong: (N,) bool}
+    """
+    start, parts = pixels if start is None else start, []
+    batches = my_batches(np.arange(len(pixels)), clip.batch_size)
+    total = sum(map(len, batches)) * (attack.steps + 1)
     with progress(what=what, total=total, unit="image-step") as bar:
-
-        def counted(loss_fn, images):  # the bar moves within a batch
-            bar.update(len(images))
-            clip.image_steps += len(images)
-            return loss_fn(images)
-
-        for at in starts:
-            batch = slice(at, min(at + size, len(pixels)))
-            clean, begin = (np.asarray(x[batch]) for x in (pixels, pixels if start is None else start))
-            own_keys = keys if isinstance(keys, str) else keys[batch]
-            content = hashlib.sha256(clean.tobytes() + begin.tobytes()).hexdigest()
-            key = [what, own_keys, asdict(attack), precision, at, content]
-            done = run and run.load_part(key)
-            if not done:
-                clock, parts, here = time.perf_counter(), [], batch.start
-                while here < batch.stop:
-                    part = slice(here, min(here + clip.batch_size, batch.stop))
-                    inside = slice(part.start - at, part.stop - at)
-                    try:
-                        parts.append(attack_slice(part, clean[inside], begin[inside]))
-                        here = part.stop
-                    except torch.OutOfMemoryError:
-                        if part.stop - part.start == 1:
-                            raise
-                    if here < part.stop:  # outside the except block, which keeps the batch's tensors alive
-                        halve_batch(clip, part.stop - part.start)
-                clip.attack_seconds += time.perf_counter() - clock
-                done = {"pixels": torch.cat([found for found, _ in parts])}
-                done["health"] = sum_health([health for _, health in parts])
+        for batch in batches:
+            key = [what, asdict(attack), list(keys), batch.tolist(), digest(pixels[batch], start[batch])]
+            part = run and run.load_part(key)
+            if part:
+                bar.update(len(batch) * (attack.steps + 1))
+            else:
+                loss_fn, step = loss(clip.attack_encoder(precision), batch), partial(bar.update, len(batch))
+                part = attack_batch(attack, loss_fn, pixels[batch], clip, batch, start[batch], precision, step)
                 if run:
-                    run.save_part(key, done)
-            yield batch, done["pixels"], done["health"]
-
-
-def halve_batch(clip, size):
-    """Halve a model's batches after one of size images has filled the memory."""
-    clip.batch_size = max(1, size // 2)
-    torch.cuda.empty_cache()
-    print(f"the GPU's memory is full: going on with batches of {clip.batch_size}", flush=True)
-
-
-def attack_phases(attack, precision):
-    """Return how an attack is spent, [(precision, Attack)].
-
-    In bf16 the first 80 % of the steps; the rest starts from the best images so far, in TF32 where there is such a GPU,
-    else in fp32. With momentum its steps begin at a quarter of eps.
-    """
-    last = attack.steps // 5
-    if precision != "bf16" or last == 0:
-        return [(precision, attack)]
-    rest = replace(attack, steps=last, alpha=attack.eps / 4 if attack.momentum else attack.alpha)
-    return [("bf16", replace(attack, steps=attack.steps - last)), ("tf32", rest)]
+                    run.save_part(key, part)
+            parts.append(part)
+    parts = sum(gather(parts), [])
+    wrong = {key: torch.cat([wrong[key] for _, wrong in parts]) for key in parts[0][1]}
+    return torch.cat([pixels_adv for pixels_adv, _ in parts]), wrong
 
 
 @contextmanager
@@ -2102,173 +1845,14 @@ def tf32(enabled=True):
         matmul.allow_tf32 = before
 
 
-TOLERANCE = 0.005  # two attacks are equally strong if their mean losses on the same images differ by at most this
-COMPARED_IMAGES = 16
-
-
-def accept_precision(attack, loss, pixels, clip, start=None, what="attack"):
-    """Accept bf16, or else TF32, for an attack by its outcome: on a few images it must end as low as in fp32.
-
-    attack, loss, pixels, start   of attack_images(); the losses of the rounded images are compared, in fp32
-    returns                       bf16, tf32 or fp32, for attack_images(); {precision, images, weaker_by}, the latter
-                                  {precision: by how much the mean loss of its attack is lower than in fp32}
-    """
-    if not clip.bf16:
-        return "fp32", {"precision": "fp32"}
-    few, begin = (None if x is None else x[:COMPARED_IMAGES] for x in (pixels, start))
-
-    def mean_loss(precision):
-        options = {"what": f"{what}: {precision} compared", "precision": precision}
-        found, _ = attack_all(attack, loss, few, clip, begin, **options)
-        with torch.no_grad():
-            loss_fn = loss(clip.attack_encoder(bf16=False), slice(0, len(few)))
-            return gather(loss_fn(as_images(found, clip.device)).mean().item())[0]  # rank 0's decides for all
-
-    exact, weaker_by = mean_loss("fp32"), {}
-    for precision in ("bf16", "tf32") if clip.device.type == "cuda" else ("bf16",):
-        weaker_by[precision] = exact - mean_loss(precision)
-        if weaker_by[precision] <= TOLERANCE:
-            return precision, {"precision": precision, "images": len(few), "weaker_by": weaker_by}
-        weaker = f"by {weaker_by[precision]:.3f} on {len(few)} images"
-        message = f"{clip.name}: the {precision} attack is weaker than the fp32 one {weaker}"
-        if clip.precision == "bf16":
-            fail(f"{message}: use --precision fp32 or auto")
-        print(f"{message}: going on without it", flush=True)
-    return "fp32", {"precision": "fp32", "images": len(few), "weaker_by": weaker_by}
-
-
-def attack_all(*args, **options):
-    """attack_images(), collected from all processes: pixels_adv uint8 (N, 3, H, W) and its health."""
-    parts = [part for share in gather(list(attack_images(*args, **options))) for part in share]
-    return torch.cat([pixels for _, pixels, _ in parts]), sum_health([health for *_, health in parts])
-
-
 def own_caption(text_features, encode_image, here=slice(None)):
     """Return the report's loss of the images of a slice: minus the cosine with the own caption, row i of (N, D)."""
     return lambda images: -(encode_image(images) * text_features[here]).sum(-1)
 
 
-def sum_health(parts):
-    """Combine the health of several batches."""
-    return {key: (max if key.startswith("max") else sum)(part[key] for part in parts) for key in parts[0]}
-
-
 def linf_grey_levels(pixels, pixels_adv):
     """Return the largest difference of each image, uint8 (..., 3, H, W) both: (...) whole grey levels."""
     return np.abs(np.asarray(pixels, np.int16) - np.asarray(pixels_adv, np.int16)).max((-3, -2, -1))
-
-
-def adversarial_folder(args, split):
-    """Return --adversarial_dir or its default, after generate_pgd_adversarial.py has made or extended the default."""
-    folder = Path(args.adversarial_dir or stage_folder(args, f"adversarial_{split}"))
-    words = ["--split", split, "--num_images", args.num_images]
-    flags = SHARED if hasattr(args, "lr") else f"{SHARED} batch_size"  # a training's batch size is for the training
-    command = command_of("generate_pgd_adversarial.py", args, f"adversarial_{split}", *words, flags=flags)
-    record = load_record(folder / "metrics.json") if (folder / "metrics.json").exists() else None
-    if record:
-        flags = ["model", "pretrained", "eps", "alpha", "steps"]
-        flags += [] if args.adversarial_dir else ["seed"]  # a training of another seed may share the images of one
-        require_same(folder, args, *flags, command=command)
-    if record and record["args"]["num_images"] >= args.num_images:
-        return folder
-    if args.adversarial_dir:
-        what = f"has {record['n']} images" if record else "is no finished folder of generate_pgd_adversarial.py"
-        fail(f"--adversarial_dir {folder} {what}, and {args.num_images} are needed. Leave it out to have them made")
-    print(f"{folder} {'has too few images and is extended' if record else 'does not exist and is made'} first:")
-    run_script(command)
-    return folder
-
-
-def require_same(folder, args, *flags, command):
-    """Return the record of the run in folder; exit unless it has the values of these flags in args and its weights.
-
-    command   the command that makes the folder as it should be; the run in it must be of the same script
-    """
-    record = load_record(folder / "metrics.json")
-    weights = model_checksums(args.model, args.pretrained)
-    scripts = [f"{key.removesuffix('.main')}.py" for key in record.get("code", ()) if key.endswith(".main")]
-    changes = [f"{script}, not {command[0]}" for script in scripts if script != command[0]]
-    changes += [other_input(key) for key, value in weights.items() if record["inputs"].get(key) != value]
-    for flag in flags:
-        was, now = record["args"].get(flag), relative_paths(getattr(args, flag))
-        if was != now:
-            changes.append(f"--{flag} {flag_text(flag, was)}, not {flag_text(flag, now)}")
-    if changes:
-        remedy = f"To make it again: {command_line(*command, '--overwrite')}"
-        if Path(getattr(args, "adversarial_dir", None) or "") == folder:
-            remedy = "Leave --adversarial_dir out to have the right images made"
-        fail(f"{folder} was made {made_with(record, changes)}. {remedy}")
-    return record
-
-
-def read_entries(folder):
-    """Read the metadata.jsonl of a folder of adversarial images: a list of dictionaries, in the images' order."""
-    file = folder / "metadata.jsonl"
-    with exit_on_error(f"{file} is damaged. {remake_command(folder)}"):
-        entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return [{**entry, "sha256": str(entry["sha256"])} for entry in entries]
-
-
-def adversarial_checksum(folder, rows):
-    """Return {what: checksum} of a folder's adversarial images of these rows, for the identity of a run."""
-    wanted = {*rows["checksum"]}
-    found = [entry["sha256"] for entry in read_entries(folder) if entry.get("source") in wanted]
-    return {"adversarial images": digest(found)}
-
-
-def load_adversarial(folder, examples, args):
-    """Load the adversarial images of examples from a folder of generate_pgd_adversarial.py: uint8 (N, 3, H, W).
-
-    Exit if one of them is missing, altered, of another caption or size, or outside the ball.
-    """
-    remedy, images_adv = remake_command(folder), []
-    with exit_on_error(f"{folder / 'metadata.jsonl'} is damaged. {remedy}"):
-        checksums = {(entry.get("source"), entry["caption"]): entry["sha256"] for entry in read_entries(folder)}
-    for row in progress(examples, "read", unit="image"):
-        file = folder / image_file(row["name"])  # a path from the metadata file would not be safe to open
-        with exit_on_error(f"{file} is not used. {remedy}"):
-            data, clean = file.read_bytes(), row["pixels"]
-            if hashlib.sha256(data).hexdigest() != checksums.get((row["checksum"], row["caption"])):
-                raise ValueError("it was altered after it was made, or made for another caption")
-            image_adv = np.asarray(read_image(data, ["PNG"])).transpose(2, 0, 1)
-            if image_adv.shape != clean.shape or linf_grey_levels(image_adv, clean) > grey_levels(args.eps):
-                raise ValueError(f"it is of another size than {row['path']}, or not in the ball around it")
-            images_adv.append(image_adv)
-    return np.stack(images_adv)
-
-
-def image_file(name):
-    """Return the file of an adversarial image; without COCO's val2014, which load_dataset would take for a split."""
-    return f"images/{name}.png"
-
-
-def print_cost(clip, pixels, captions, image_steps):
-    """Print the work before the first batch, in image-steps (a forward and backward pass of an image), and its time."""
-    while True:
-        with suppress(torch.OutOfMemoryError):
-            pixel_gradient(clip, pixels, captions)  # a warm-up
-            break
-        if clip.batch_size == 1:
-            fail("the GPU's memory is too small for one image")
-        halve_batch(clip, clip.batch_size)
-    times, began = [], time.perf_counter()
-    while len(times) < 3 and time.perf_counter() - began < 0.5 or not times:  # the least, on a busy machine
-        clock = time.perf_counter()
-        count = len(pixel_gradient(clip, pixels, captions))
-        times.append(time.perf_counter() - clock)
-    seconds = min(times) / count * image_steps / PROCESSES
-    line = f"work: {image_steps:,} image-steps, about {duration(seconds)} on {PROCESSES} x {clip.device}"
-    if clip.device.type == "cpu" and seconds > 1800:
-        line += "; without a GPU, the smaller --preset tiny or smoke shows the same in minutes"
-    print(line, flush=True)
-
-
-def pixel_gradient(clip, pixels, captions):
-    """Return the gradient of the cosine with the own caption for a first batch, on a CPU a small one: (B, 3 H W)."""
-    count = min(clip.batch_size, 8 if clip.device.type == "cpu" else clip.batch_size)
-    images, text_features = as_images(pixels[:count], clip.device).requires_grad_(), clip.encode_text(captions[:count])
-    (grad,) = torch.autograd.grad(own_caption(text_features, clip.attack_encoder())(images).sum(), images)
-    return grad.flatten(1).cpu()
 
 
 def duration(seconds):
@@ -2313,13 +1897,11 @@ class Trainer:
     """What both trainings share: order of the batches, states, validation, the model; optimizer and loop are theirs.
 
     Iterating yields (step, batch, part): batch holds the indices of the images, part the positions in batch of the
-    images of this process. The visual tower is trained; text tower and logit_scale are frozen. The result is the model
-    after the last epoch; the validation figures are printed and decide nothing. Random draws depend on the seed and the
-    step alone, so that a state saved every --save_every minutes is enough to resume to the same files. Under torchrun
-    --batch_size is shared out, and each loss is over the features of all: any number of processes trains the same.
-
-    The host does not wait for the GPU within a step: it reads the figures of a step after it has queued the next one,
-    and --loss_threshold is compared with the losses up to the step before.
+    images of this process. An epoch is as many whole batches as there are, in a new order. The visual tower is trained;
+    text tower and logit_scale are frozen. The result is the model after the last epoch; the validation figures are
+    printed and decide nothing. Random draws depend on the seed and the step alone, so that a state saved every
+    --save_every minutes is enough to resume to the same files. Under torchrun --batch_size is shared out, and each loss
+    is over the features of all: any number of processes trains the same.
     """
 
     def __init__(self, args, run, clip, optimizer, training, validation):
@@ -2330,24 +1912,16 @@ class Trainer:
         self.visual.set_grad_checkpointing(args.grad_checkpointing)
         self.model = torch.nn.parallel.DistributedDataParallel(clip) if PROCESSES > 1 else clip
 
-        captions, self.size = training["caption"][:], args.batch_size
-        clip.batch_size = math.ceil(self.size / PROCESSES)  # images at a time in this one
-        self.steps_per_epoch = math.ceil(len(training) / self.size)
+        self.size = args.batch_size
+        self.steps_per_epoch = len(training) // self.size
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
-        self.log, self.queued = [], []  # figures of the steps: read, and still on the device
-        self.epochs, self.stopped = [], None
+        self.log, self.epochs, self.stopped = [], [], None
+        run.begin()
         if state := run.load_part("state"):
             self.visual.load_state_dict(state["visual"])
             optimizer.load_state_dict(state["optimizer"])
             self.log, self.epochs = state["log"], state["epochs"]
-        online_steps, steps = getattr(args, "online_steps", 0), self.last_step - len(self.log)
-        work = steps * self.size * (3 + online_steps)  # a training step on two images takes about three image-steps
-        work += math.ceil(steps / self.steps_per_epoch) * len(validation) * args.steps
-        print_cost(clip, training[: self.size]["pixels"], captions, work)
-        self.text_features = clip.encode_text(captions)  # (N, D)
-
-        model, tower = (sum(p.numel() * 4 for p in module.parameters()) for module in (clip.model, self.visual))
-        run.require_space(model + 2 * 3 * tower)  # a state has weights and two moments; the next one is written beside
+        self.text_features = clip.encode_text(training.own_captions)  # (N, D)
         if not RANK:
             save(run.dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 
@@ -2358,11 +1932,9 @@ class Trainer:
                 epoch, position = divmod(step, self.steps_per_epoch)
                 order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.training))
                 batch = order[position * self.size : (position + 1) * self.size]
-                positions = np.pad(np.arange(len(batch)), (0, -len(batch) % PROCESSES), mode="edge")
                 torch.manual_seed(step_seed(self.args.seed, step) + RANK)  # for a tower with patch dropout
                 self.train_mode()
-                self.clip.cast_weights()
-                yield step, batch, np.array_split(positions, PROCESSES)[RANK]
+                yield step, batch, np.array_split(np.arange(self.size), PROCESSES)[RANK]
                 if self.stopped:
                     return
 
@@ -2373,78 +1945,75 @@ class Trainer:
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
-    def encode(self, images, images_changed, count):
-        """Encode the batch's clean and its augmented or adversarial images in one forward pass: (count, D) each."""
-        features = self.model(torch.cat([images, images_changed])).chunk(2)
+    def encode(self, *images, normalize=True):
+        """Encode sets of the batch's images, such as clean and adversarial, in one forward pass: [(B, D) of each].
+
+        images      of this process each; the features are those of all processes
+        normalize   of Clip.encode_image()
+        """
+        features = self.model(torch.cat(images), normalize=normalize).chunk(len(images))
         if PROCESSES > 1:  # the features of the other processes carry no gradient
-            features = open_clip.loss.gather_features(*features, rank=RANK, world_size=PROCESSES)
-        return [x[:count] for x in features]  # without the padding that made all processes' parts equal
+            gather_features = partial(open_clip.loss.gather_features, rank=RANK, world_size=PROCESSES)
+            features = [gather_features(x, x)[0] for x in features]
+        return features
 
     def end_step(self, **figures):
-        """Queue the figures of a step, tensors, loss and grad_norm among them; validate after an epoch; save states."""
-        args, step = self.args, len(self.log) + len(self.queued) + 1
-        self.clip.weights = None  # of this step
-        self.read_figures()  # of the step before
+        """Log the figures of a step, tensors, loss and grad_norm among them; validate after an epoch; save states."""
+        args, step = self.args, len(self.log) + 1
+        figures = {key: value.item() for key, value in figures.items()}
+        if not math.isfinite(figures["loss"] + figures["grad_norm"]):
+            fail(f"the loss of step {step} is not finite: {figures}. Remove {self.run.dir} and use a lower --lr")
+        epoch = math.ceil(step / self.steps_per_epoch)
+        self.log.append({"step": step, "epoch": epoch, **figures, "lr": self.optimizer.param_groups[0]["lr"]})
+        self.bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
+        if not RANK:
+            with open(self.run.dir / "log.jsonl", "a") as file:
+                file.write(json.dumps(self.log[-1]) + "\n")
+
         if args.loss_threshold and len(self.log) >= args.loss_window:
             window = gather([entry["loss"] for entry in self.log[-args.loss_window :]])[0]  # all stop at the same step
             if np.mean(window) < args.loss_threshold:
                 self.stopped = "loss_threshold"
         if step == self.last_step and not self.stopped:
             self.stopped = "max_steps" if self.last_step == args.max_steps else "epochs"
-        self.queued.append({**figures, "lr": self.optimizer.param_groups[0]["lr"]})
         epoch_ends = self.stopped or step % self.steps_per_epoch == 0
         if epoch_ends:
-            self.read_figures()
             self.end_epoch()
         if epoch_ends or time.perf_counter() - self.saved >= 60 * args.save_every:
-            self.read_figures()
             if not RANK and not self.stopped:
                 state = {"visual": self.visual.state_dict(), "optimizer": self.optimizer.state_dict()}
                 self.run.save_part("state", state | {"log": self.log, "epochs": self.epochs})
             self.saved = time.perf_counter()
 
-    def read_figures(self):
-        """Move the queued figures to the log, for which the host waits until those steps are done."""
-        for queued in self.queued:
-            step, lr = len(self.log) + 1, queued.pop("lr")
-            figures = {key: value.item() for key, value in queued.items()}
-            if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-                fail(f"the loss of step {step} is not finite: {figures}. Start again with a lower --lr and --overwrite")
-            epoch = math.ceil(step / self.steps_per_epoch)
-            self.log.append({"step": step, "epoch": epoch, **figures, "lr": lr})
-            self.bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
-            if not RANK:
-                with open(self.run.dir / "log.jsonl", "a") as file:
-                    file.write(json.dumps(self.log[-1]) + "\n")
-        self.queued = []
-
     def end_epoch(self):
         """Print the clean and white-box similarity on the validation images."""
         args, clip, epoch = self.args, self.clip, self.log[-1]["epoch"]
-        loss = float(np.mean([entry["loss"] for entry in self.log if entry["epoch"] == epoch]))
+        mean_loss = float(np.mean([entry["loss"] for entry in self.log if entry["epoch"] == epoch]))
         self.visual.eval()
-        pixels, text_features = self.validation["pixels"], clip.encode_text(self.validation["caption"][:])
-        attack = white_box(args.eps, args.steps)
-        pixels_adv, _ = attack_all(attack, partial(own_caption, text_features), pixels, clip, what="validate")
-        clean, attacked = ((clip.encode_pixels(x) * text_features).sum(-1).mean().item() for x in (pixels, pixels_adv))
-        figures = {"epoch": epoch, "step": len(self.log), "loss": loss, "val_clean": clean, "val_white_box": attacked}
+        pixels, text_features = self.validation.pixels, clip.encode_text(self.validation.own_captions)
+        attack, precision = white_box(args.eps, args.steps), pick_precision(args.precision, clip.device, bf16=False)
+        loss = partial(own_caption, text_features)
+        pixels_adv, _ = attack_all(attack, loss, pixels, clip, what="validate", precision=precision)
+        clean, attacked = (clip.similarity(x, text_features).mean().item() for x in (pixels, pixels_adv))
+        figures = {"epoch": epoch, "step": len(self.log), "loss": mean_loss}
+        figures |= {"val_clean": clean, "val_white_box": attacked}
         self.epochs.append(figures)
         write = tqdm.write if sys.stderr.isatty() else print  # above the bar of a terminal
-        line = f"epoch {epoch}/{args.epochs}  step {len(self.log)}  loss {loss:.3f}  validation clean {clean:.3f}, "
-        write(f"{line}white-box {attacked:.3f}")
+        line = f"epoch {epoch}/{args.epochs}  step {len(self.log)}  loss {mean_loss:.3f}  "
+        write(f"{line}validation clean {clean:.3f}, white-box {attacked:.3f}")
 
     def finish(self, generation_seconds=0, **metrics):
         """Write the model and metrics.json.
 
         generation_seconds   time that the adversarial images took, which counts as training time
         """
-        if not RANK:  # the start weights' training images are its own, too
-            save_model(self.run.dir, self.clip, {*known_ids(self.training), *self.clip.train_ids})
+        if not RANK:  # the images of the weights that it started from are its own, too
+            own = {*self.training.fingerprints(), *self.validation.fingerprints()}
+            save_model(self.run.dir, self.clip, self.clip.trained_on | own)
         figures = {"n": len(self.training), "n_validation": len(self.validation), "steps": len(self.log)}
-        figures |= {"stopped_by": self.stopped, "epochs": self.epochs, "global_batch_size": self.size}
-        figures |= {"train_ids": known_ids(self.training), "val_ids": known_ids(self.validation)}
+        figures |= {"stopped_by": self.stopped, "epochs": self.epochs}
         seconds = self.run.seconds()
         speed = {"training_seconds": seconds + generation_seconds}
         speed["images_per_s"] = 2 * self.size * len(self.log) / seconds
-        self.run.finish(self.clip, **figures, **speed, **metrics)
+        self.run.finish(self.clip.device, **figures, **speed, **metrics)
         print(f"to open the model: open_clip.create_model_and_transforms('local-dir:{self.run.dir}')")

@@ -24,11 +24,17 @@ BRIGHTNESS = CONTRAST = 0.2  # factors are uniform in 1 +- this
 BLUR_RADII = 0.1, 2.0  # standard deviation of the Gaussian, pixels
 NOISE_SIGMA = 15 / 255
 
+IDENTITY = common.TRAIN_FLAGS  # flags that tell two runs apart
 
-def parse_args(argv=None):
+
+def parse_args(argv=None, given=None):
     parser = common.make_parser(__doc__, batch_size=16)
     common.add_train_args(parser)
-    return common.parse_flags(parser, argv, lambda _: "mat", lambda _: "train", lambda _: "mat_lr")
+    return common.fill(parser.parse_args(argv, given), common.stage_name(__file__, "mat"), "train", "mat_lr")
+
+
+def open_run(args):
+    return common.Run(args, __file__, IDENTITY, common.TRAIN_FILES)
 
 
 def draw_augmentations(count, shape, generator):
@@ -62,14 +68,15 @@ def gaussian_blur(images, sigma):
 
 
 def main(args):
-    rows = common.load_training_rows(args)
-    run = common.Run(args, common.code_checksums(__file__), rows)
-    if run.previous:
-        run.report_complete()
+    run = open_run(args)
+    clip = common.load_clip(args, training=True)
+    training, validation = common.load_training_images(args, clip.geometry)
+    inputs = {"model": clip.digest, "training_images": training.digest(), "validation_images": validation.digest()}
+    run.identify(precision=clip.precision, **inputs)
+    if run.done:
+        run.report_done()
         return
-    clip = common.load_clip(args)
-    training, validation = common.load_training_sets(args, rows, clip.geometry)
-    visual, training_images = clip.model.visual, common.TrainingImages(training["pixels"], clip.device)
+    visual = clip.model.visual
     matrices, others = ([p for p in visual.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=clip.device.type in ("cuda", "cpu"))
@@ -78,12 +85,12 @@ def main(args):
     for step, batch, part in trainer:  # indices of the batch's images; positions of this process's images in the batch
         for group in optimizer.param_groups:  # falls linearly to 0
             group["lr"] = args.lr * (1 - step / trainer.last_step)
-        images = training_images[batch[part]]  # (B, 3, H, W) of this process
+        images = common.as_images(training.pixels[batch[part]], clip.device)  # (B, 3, H, W) of this process
         generator = common.step_generator(args.seed, step, clip.device)
         draws = draw_augmentations(len(batch), images.shape[1:], generator)
         images_aug = augment(images, *(take(values, part) for values in draws))
 
-        features = trainer.encode(images, images_aug, len(batch))  # clean, augmented: (B, D) each, of all processes
+        features = trainer.encode(images, images_aug)  # clean, augmented: (B, D) each, of all processes
         text_features = take(trainer.text_features, batch)
         clean_loss, aug_loss = (contrastive_loss(x, text_features, clip.model.logit_scale.exp()) for x in features)
         loss = (clean_loss + aug_loss) / 2

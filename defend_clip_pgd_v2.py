@@ -31,55 +31,49 @@ Files written to --output_dir (default runs/<preset>/pgd, pgd_features, online, 
 import torch
 
 import common
+import generate_pgd_adversarial as generate
 from common import contrastive_loss, own_caption, pgd, take
 
-
-def usual_loss(flags):
-    """Return the loss of a training where --loss is not given."""
-    return "features" if flags.online_steps else "contrastive"
+IDENTITY = f"{common.TRAIN_FLAGS} loss online_steps"  # flags that tell two runs apart
 
 
-def folder_name(flags):
-    """Return the name of the default output folder: pgd, pgd_features, online or online_contrastive."""
-    name = "online" if flags.online_steps else "pgd"
-    return name if flags.loss in (None, usual_loss(flags)) else f"{name}_{flags.loss}"
-
-
-def parse_args(argv=None):
+def parse_args(argv=None, given=None):
     parser = common.make_parser(__doc__, batch_size=16)
     common.add_train_args(parser)
     flag = parser.add_argument_group("adversarial training (this script only)").add_argument
     flag("--loss", choices=["contrastive", "features"], help="default: contrastive, with --online_steps features")
     flag("--online_steps", type=common.number(0, 10**6), default=0, help="PGD steps on each batch; 0: offline")
     flag("--adversarial_dir", help="made by --split train; default: adversarial_train beside --output_dir")
+    args = parser.parse_args(argv, given)
 
-    def rate_name(flags):
-        return f"{flags.loss or usual_loss(flags)}_lr"
-
-    args = common.parse_flags(parser, argv, folder_name, lambda _: "train", rate_name)
-    args.loss = args.loss or usual_loss(args)
+    name, usual_loss = ("online", "features") if args.online_steps else ("pgd", "contrastive")
+    args.loss = args.loss or usual_loss
+    name += "" if args.loss == usual_loss else f"_{args.loss}"
     if args.online_steps and args.adversarial_dir:
         parser.error("--adversarial_dir is for offline training: leave out either it or --online_steps")
     if args.loss == "features" and args.loss_threshold:
         parser.error("--loss_threshold is for --loss contrastive: leave out either it or --loss features")
-    return args
+    return common.fill(args, common.stage_name(__file__, name), "train", f"{args.loss}_lr")
+
+
+def open_run(args):
+    return common.Run(args, __file__, IDENTITY, common.TRAIN_FILES)
 
 
 def main(args):
-    rows = common.load_training_rows(args)
-    folder = None if args.online_steps else common.adversarial_folder(args, "train")
-    inputs = common.adversarial_checksum(folder, rows.select(range(args.num_images))) if folder else {}
-    run = common.Run(args, common.code_checksums(__file__), rows, inputs)
-    if run.previous:
-        run.report_complete()
+    run = open_run(args)
+    clip = common.load_clip(args, training=True)
+    training, validation = common.load_training_images(args, clip.geometry)
+    inputs = {"model": clip.digest, "training_images": training.digest(), "validation_images": validation.digest()}
+    run.identify(precision=clip.precision, **inputs)
+    if not args.online_steps and (args.adversarial_dir or not run.done):
+        adversarial, made = generate.adversarial_images(args, "train", clip, training)
+        run.identify(adversarial_images=common.digest(adversarial))
+    if run.done:
+        run.report_done()
         return
-    clip = common.load_clip(args)
-    training, validation = common.load_training_sets(args, rows, clip.geometry)
-    training_images = common.TrainingImages(training["pixels"], clip.device)
-    if folder:
-        adversarial_images = common.TrainingImages(common.load_adversarial(folder, training, args), clip.device)
     if args.loss == "features":
-        original_features = clip.encode_pixels(training["pixels"])  # (N, D)
+        original_features = clip.encode_pixels(training.pixels)  # (N, D)
     visual = clip.model.visual
     matrices, others = ([p for p in visual.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -100,19 +94,19 @@ def main(args):
     for step, batch, part in trainer:  # indices of the batch's images; positions of this process's images in the batch
         for group in optimizer.param_groups:  # falls linearly to 0
             group["lr"] = args.lr * (1 - step / trainer.last_step)
-        images = training_images[batch[part]]  # (B, 3, H, W) of this process
+        images = common.as_images(training.pixels[batch[part]], clip.device)  # (B, 3, H, W) of this process
         if args.online_steps:
             visual.eval()  # attack the network that is deployed
             generator = common.step_generator(args.seed, step, clip.device)
             noise = torch.rand(len(batch), *images.shape[1:], generator=generator, device=clip.device)
             start = images + take(args.eps * (2 * noise - 1), part)
             loss_fn = attack_loss(clip.attack_encoder(), batch[part])
-            images_adv, _ = pgd(loss_fn, images, attack, start, check_range=False)
+            images_adv, _ = pgd(loss_fn, images, attack, start)
             trainer.train_mode()
         else:
-            images_adv = adversarial_images[batch[part]]
+            images_adv = common.as_images(adversarial[batch[part]], clip.device)
 
-        features = trainer.encode(images, images_adv, len(batch))  # clean, adversarial: (B, D) each, of all processes
+        features = trainer.encode(images, images_adv)  # clean, adversarial: (B, D) each, of all processes
         if args.loss == "features":
             clean_loss, adv_loss = (feature_loss(x, batch).mean() for x in features)
         else:
@@ -125,11 +119,10 @@ def main(args):
         grad_norm = torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
         optimizer.step()
         trainer.end_step(loss=loss, clean_loss=clean_loss, adv_loss=adv_loss, grad_norm=grad_norm)
-    generation_seconds = 0
-    if folder:
-        record = common.load_record(folder / "metrics.json")
-        generation_seconds = record["seconds"] * args.num_images / record["args"]["num_images"]
-    trainer.finish(generation_seconds, adversarial_dir=folder and str(folder))
+    if args.online_steps:
+        trainer.finish()
+    else:
+        trainer.finish(made["seconds"], adversarial_dir=made["folder"])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
 Three conditions for each quality: clean images; transferred images, attacked on the model without JPEG, as in the
 report; and adaptive ones, attacked through a differentiable JPEG codec with as many steps. All are scored on the real
-JPEG bytes. evaluate.py attacks with more steps: use its figures.
+JPEG bytes. evaluate.py has these qualities as rows of its table, with recall.
 
     python eval_jpeg.py
     python eval_jpeg.py --preset tiny --qualities 75 50 30
@@ -22,6 +22,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import common
+import generate_pgd_adversarial as generate
 from common import as_images, own_caption
 
 RANDOM_QUALITIES = 30, 75  # of the quality 'random', both included
@@ -32,12 +33,13 @@ def jpeg_quality(text):
     return text if text == "random" else common.number(1, 95)(text)
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, given=None):
     parser = common.make_parser(__doc__)
     flag = parser.add_argument_group("JPEG (this script only)").add_argument
     flag("--qualities", type=common.number(1, 95), nargs="+", default=[75, 50, 30], help="1 to 95")
+    flag("--attack_steps", type=common.number(1, 10**6), help="steps of the adaptive attack")
     flag("--adversarial_dir", help="made by --split eval; default: adversarial_eval beside --output_dir")
-    return common.parse_flags(parser, argv, lambda _: "jpeg", lambda _: "eval")
+    return common.fill(parser.parse_args(argv, given), "jpeg", "eval")
 
 
 def jpeg(images, quality):
@@ -120,29 +122,25 @@ def with_jpeg(codec, qualities, encode_image, seed=0, among=None, draws=1):
 
 
 def main(args):
-    rows = common.load_rows(args, "eval")
-    folder = common.adversarial_folder(args, "eval")
-    inputs = common.adversarial_checksum(folder, rows)
-    run = common.Run(args, common.code_checksums(__file__), rows, inputs)
-    if run.previous:
-        run.report_complete()
-        return
+    run = common.Run(args, __file__, "eps attack_steps seed qualities", [])
     clip = common.load_clip(args)
-    examples = common.load_examples(args, "eval", rows, clip.geometry)
-    pixels, transfer = examples["pixels"], common.load_adversarial(folder, examples, args)
-    common.print_cost(clip, pixels, examples["caption"][:], len(args.qualities) * len(pixels) * args.steps)
-    run.require_space(1.1 * len(args.qualities) * transfer.nbytes)
-    text_features = clip.encode_text(examples["caption"][:])
-    attack, qualities, health, precisions = common.white_box(args.eps, args.steps, through_jpeg=True), {}, {}, {}
-    print(f"{len(pixels)} images       clean  transfer  adaptive")
+    images = common.load_images(args, "eval", clip.geometry)
+    transfer, made = generate.adversarial_images(args, "eval", clip, images)
+    run.identify(model=clip.digest, images=images.digest(), transferred_images=common.digest(transfer))
+    if run.done:
+        run.report_done()
+        return
+    run.begin()
+    text_features = clip.encode_text(images.own_captions)
+    attack, qualities, wrong = common.white_box(args.eps, args.attack_steps, through_jpeg=True), {}, {}
+    print(f"{len(images)} images       clean  transfer  adaptive")
     for q in args.qualities:
-        def loss(encode_image, here, q=q):
-            return own_caption(text_features, with_jpeg(differentiable_jpeg, [q], encode_image), here)
+        def loss(encode_image, indices, q=q):
+            return own_caption(text_features, with_jpeg(differentiable_jpeg, [q], encode_image), indices)
 
-        given, what = (attack, loss, pixels, clip, transfer), f"JPEG {q}"
-        precision, precisions[q] = common.accept_precision(*given, what)
-        adaptive, health[q] = common.attack_all(*given, run, what, precision=precision)
-        conditions = {"clean": pixels, "transfer": transfer, "adaptive": adaptive}
+        adaptive, found = common.attack_all(attack, loss, images.pixels, clip, transfer, run, f"JPEG {q}")
+        wrong[q] = {key: int(values.sum()) for key, values in found.items()}
+        conditions = {"clean": images.pixels, "transfer": transfer, "adaptive": adaptive}
         per_image = {
             name: (clip.encode_pixels(x, with_jpeg(jpeg, [q], clip.encode_image)) * text_features).sum(-1).tolist()
             for name, x in conditions.items()
@@ -150,8 +148,7 @@ def main(args):
         means = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}
         qualities[q] = means | {"per_image": per_image}
         print(f"JPEG quality {q:<6}" + "".join(f"{value:10.4f}" for value in means.values()), flush=True)
-    figures = {"n": len(pixels), "qualities": qualities, "attack": health, "attack_precision": precisions}
-    run.finish(clip, **figures, coco_ids=common.known_ids(examples))
+    run.finish(clip.device, n=len(images), qualities=qualities, attack=wrong, transfer_note=made["note"])
 
 
 if __name__ == "__main__":

@@ -22,13 +22,11 @@ Files written to --output_dir (default runs/<preset>/evaluation); the folders of
 """
 
 import argparse
-import importlib
 import itertools
 import json
 import math
 import os
 import re
-import shutil
 import textwrap
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +37,10 @@ import torch
 from PIL import Image
 
 import common
-from common import TOLERANCE, as_images, attack_all, duration, fail, load_clip, load_examples, number
+import defend_clip_mat_v2 as mat
+import defend_clip_pgd_v2 as pgd
+import generate_pgd_adversarial as generate
+from common import as_images, attack_all, duration, fail, load_clip, number
 from eval_jpeg import differentiable_jpeg, jpeg, jpeg_quality, with_jpeg
 
 BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's backend would fail outside of it, and files need none
@@ -60,21 +61,15 @@ REPORT = {  # Adversarial Robustness Evaluation for CLIP Models, ViT-L/14, MMEB 
 }
 REPORT_NAMES = {"contrastive, offline": "caption-aware"}  # where the report has another name for a row
 TRAININGS = {  # folder: the row, the script that trains it, and its flags
-    "mat": ("MAT", "defend_clip_mat_v2.py"),
-    "pgd": ("contrastive, offline", "defend_clip_pgd_v2.py", "--loss_threshold", 0.1),
-    "pgd_features": ("features, offline", "defend_clip_pgd_v2.py", "--loss", "features"),
-    "online_contrastive": (
-        *("contrastive, online", "defend_clip_pgd_v2.py"),
-        *("--loss", "contrastive", "--online_steps", 2, "--loss_threshold", 0.1),
-    ),
-    "online": ("features, online", "defend_clip_pgd_v2.py", "--online_steps", 2),
+    "mat": ("MAT", mat, ""),
+    "pgd": ("contrastive, offline", pgd, "--loss_threshold 0.1"),
+    "pgd_features": ("features, offline", pgd, "--loss features"),
+    "online_contrastive": ("contrastive, online", pgd, "--loss contrastive --online_steps 2 --loss_threshold 0.1"),
+    "online": ("features, online", pgd, "--online_steps 2"),
 }
-# of a training: with other values of these it is not the row's, and with other values of those the row is marked
-SAME_TRAINING = ["model", "pretrained", "eps", "seed", "loss", "online_steps"]
-NOTED_TRAINING = ["lr", "epochs", "max_steps", "batch_size", "weight_decay", "loss_threshold", "loss_window", "alpha"]
-NOTED_TRAINING += ["steps", "num_images", "train_data"]
-# flags that choose rows: with others a complete table is extended
-ROW_FLAGS = ["trainings", "seeds", "qualities", "defence", "checkpoint", "adversarial_dir", "sanity", "radii"]
+# flags of a training: with other values of these it is not the row's; with other values of others the row is marked
+SAME_TRAINING = ["script", "model", "eps", "seed", "loss", "online_steps"]
+TOLERANCE = 0.005  # two attacks are equally strong if their mean cosines on the same images differ by at most this
 RANKED_AT_ONCE = 256  # images whose cosines with all captions are in memory at a time
 SANITY_IMAGES = 24
 CONVERGENCE_IMAGES = 16
@@ -96,7 +91,7 @@ def checkpoint(text):
     return name, source
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, given=None):
     parser = common.make_parser(__doc__)
     flag = parser.add_argument_group("rows of the table").add_argument
     trained = "a row for each of these trained models, by the names of their folders"
@@ -119,32 +114,7 @@ def parse_args(argv=None):
     flag("--radii", type=common.radius, nargs="+", default=[], metavar="EPS", help=radii)
     flag("--sanity", action="store_true", help="check the attack on every row, and mark rows that fail")
     flag("--reproduce", action="store_true", help="first make the adversarial images and trainings that are missing")
-    return common.parse_flags(parser, argv, lambda _: "evaluation", lambda _: "eval")
-
-
-def reproduce(args):
-    """Run the other scripts; one whose output is complete and was made with these flags ends at once."""
-    flags = f"{common.SHARED} overwrite"
-    count = ["--num_images", args.num_images] if args.num_images else []
-    generate, counts = "generate_pgd_adversarial.py", {"train": [], "eval": count}
-    for split, words in counts.items():
-        words = ["--split", split, *words]
-        command = common.command_of(generate, args, f"adversarial_{split}", *words, flags=f"{flags} batch_size")
-        common.run_script(command)
-    for folder in args.trainings:
-        for seed in range(args.seed, args.seed + args.seeds):
-            common.run_script(training_command(args, folder, seed, flags)[0])
-
-
-def training_command(args, folder, seed, flags=common.SHARED):
-    """Return the command of a training, and the flags that it has; its output folder is named for the seed."""
-    _, script, *words = TRAININGS[folder]
-    suffix = "" if seed == args.seed else f"_seed{seed}"
-    if suffix and folder.startswith("pgd"):  # trains on the adversarial images of the first seed
-        words += ["--adversarial_dir", common.stage_folder(args, "adversarial_train")]
-    output_dir = str(common.stage_folder(args, folder + suffix))
-    given = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": output_dir})
-    return common.command_of(script, given, folder, *words, flags=flags, suffix=suffix), given
+    return common.fill(parser.parse_args(argv, given), "evaluation", "eval")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,34 +128,118 @@ class Spec:
     row: str  # of the table; the seeds of a training share one
     source: str | None = None  # of load_clip(); None is the original model
     qualities: tuple = ()  # of the JPEG steps in front of it, in order; 'random' is drawn anew in each call
+    training: object = None  # (script, its flags) of the model, if it is one of TRAININGS
     seconds: float | None = None  # training time
-    note: str | None = None  # what a reader of its figures must know
+    notes: tuple = ()  # what a reader of its figures must know
+    key: str = ""  # digest of all that its figures depend on, from identify()
+
+
+def list_rows(args):
+    """Return {name: Spec} in the table's order, each seed of a training under a name of its own; load nothing.
+
+    Exit if a name is taken or unknown, or if a training's folder holds another run. With --reproduce trainings are
+    listed that are not made yet.
+    """
+    specs = {"original": Spec("original")}
+    for folder in args.trainings:
+        row, script, _ = TRAININGS[folder]
+        for seed in range(args.seed, args.seed + args.seeds):
+            flags = training_flags(args, folder, seed)
+            if args.reproduce:
+                script.open_run(flags)  # exits if its folder holds another run
+            elif not (Path(flags.output_dir) / "metrics.json").exists():
+                print(f"{flags.output_dir} has no finished run: it is left out of the row {row}")
+                continue
+            specs[seed_name(row, seed, args)] = Spec(row, f"local-dir:{flags.output_dir}", training=(script, flags))
+
+    taken = {*specs, *TRAININGS, *(row for row, *_ in TRAININGS.values()), *REPORT_NAMES.values()}
+    taken |= {f"JPEG {quality}" for quality in args.qualities}
+    for name, source in args.checkpoint:
+        if name in taken:
+            fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
+        taken.add(name)
+        specs[name] = Spec(name, source)
+    defences = {f"JPEG {quality}": f"original+jpeg{quality}" for quality in args.qualities}
+    for text in args.defence:
+        if text in taken:
+            fail(f"--defence {text}: there is a row of that name already; choose another")
+        defences[text] = text
+    for name, text in defences.items():
+        specs |= defended_specs(name, text, specs)
+    return specs
+
+
+def defended_specs(name, text, specs):
+    """Return {name: Spec} of MODEL+jpegQ+...: of each seed of the model."""
+    # --defence takes the name of a training's folder, and the report's, too
+    rows = {folder: row for folder, (row, *_) in TRAININGS.items()} | {name: row for row, name in REPORT_NAMES.items()}
+    model, *steps = text.split("+")
+    known = "; ".join(dict.fromkeys(spec.row for spec in specs.values()))
+    with common.exit_on_error(f"--defence {text}: write MODEL+jpegQ, MODEL one of {known}"):
+        qualities = []
+        for step in steps:
+            if not (match := re.fullmatch("jpeg(.+)", step)):
+                raise ValueError(f"{step!r} is no defence")
+            qualities.append(jpeg_quality(match[1]))
+        model = rows.get(model, model)
+        found = {label: spec for label, spec in specs.items() if spec.row == model}
+        if not found:
+            raise ValueError(f"there is no {model!r}")
+    return {
+        name + label.removeprefix(model): replace(spec, row=name, qualities=spec.qualities + tuple(qualities))
+        for label, spec in found.items()
+    }
+
+
+def training_flags(args, folder, seed):
+    """Return the flags of a training; its output folder is named for the seed."""
+    _, script, words = TRAININGS[folder]
+    words = [*words.split(), "--seed", seed]
+    if seed != args.seed and folder.startswith("pgd"):  # trains on the adversarial images of the first seed
+        words += ["--adversarial_dir", common.stage_folder(args, "adversarial_train")]
+    return common.stage_args(script.parse_args, args, folder if seed == args.seed else f"{folder}_seed{seed}", *words)
+
+
+def seed_name(row, seed, args):
+    """Return the name of a training's figures: its row, and the seed where it is not the first."""
+    return row if seed == args.seed else f"{row}, seed {seed}"
+
+
+@dataclass
+class Evaluation:
+    """What all rows have in common: the evaluation images as the original model and its attack leave them."""
+
+    images: common.Images
+    transfer: np.ndarray  # uint8 (N, 3, H, W): attacked on the original model
+    note: str | None  # on how they were made
+    geometry: dict  # of the original model
+    model: str  # its digest
+    weights: str  # digest of its weights alone
 
 
 @dataclass
 class Row:
     name: str
     clip: common.Clip
-    pixels: object  # uint8 (N, 3, H, W), numpy
-    transfer: object  # likewise, attacked on the original model: where an attack without a seed starts
+    pixels: np.ndarray  # uint8 (N, 3, H, W)
+    transfer: np.ndarray  # likewise, attacked on the original model: where an attack without a seed starts
     captions: list[str]  # to retrieve from, M distinct ones; the next two hold indices into them
     right: torch.Tensor  # (N, R) of each image's own captions: the attacked one is the first, and fills up the row
     candidates: torch.Tensor | None  # (N, K) of the captions that each image is ranked among, filled up; None: of all
     equal: torch.Tensor  # (M,) a number below M, the same for captions with equal tokens
     qualities: tuple = ()  # of Spec
-    key: str = ""  # digest of row_key()
-    precision: str | None = None  # of the attack's gradients, from accept_precision()
+    keys: tuple = ()  # what parts of its attacks are stored under: Spec.key, and a digest of the code
 
     def defended_encoder(self, encode_image, seed, codec=jpeg, here=None, draws=SCORE_DRAWS):
         """Return encode_image of the whole defence.
 
         seed    of its random draws
         codec   jpeg, or differentiable_jpeg for gradients
-        here    the slice of the row's images that is encoded in each call
+        here    indices of the row's images that are encoded in each call
         draws   how many random draws the features of a call are averaged over
         """
         draws = draws if "random" in self.qualities else 1
-        among = here and (len(self.pixels), here)
+        among = None if here is None else (len(self.pixels), here)
         return with_jpeg(codec, self.qualities, encode_image, seed, among, draws)
 
     @property
@@ -214,141 +268,65 @@ class Row:
         return replace(self, pixels=pixels, transfer=transfer, right=self.right[index], candidates=candidates)
 
 
-def list_rows(args):
-    """Return {name: Spec} in the table's order; of trainings the finished ones, each seed under a name of its own."""
-    specs = {"original": Spec("original")}
-    for folder_name in args.trainings:
-        row = TRAININGS[folder_name][0]
-        for seed in range(args.seed, args.seed + args.seeds):
-            command, given = training_command(args, folder_name, seed)
-            folder = Path(given.output_dir)
-            if not (folder / "metrics.json").exists():
-                print(f"{folder} has no finished run: it is left out of the row {row}")
-                continue
-            expected = importlib.import_module(Path(command[0]).stem).parse_args(command[1:])
-            flags = [flag for flag in SAME_TRAINING if hasattr(expected, flag)]
-            record = common.require_same(folder, expected, *flags, command=command)
-            if not (folder / "open_clip_config.json").is_file():
-                again = common.command_line(*command, "--overwrite")
-                fail(f"{folder} has no open_clip_config.json: it is of an earlier version. To make it again: {again}")
-            notes = [note for note in (training_note(record, expected), common.code_note(folder)) if note]
-            spec = Spec(row, f"local-dir:{folder}", (), record["training_seconds"], "; ".join(notes) or None)
-            specs[seed_name(row, seed, args)] = spec
-    rows = {"original", *(row for row, *_ in TRAININGS.values())}
-    taken = {*specs, *rows, *TRAININGS, *REPORT_NAMES.values(), *(f"JPEG {quality}" for quality in args.qualities)}
-    for name, source in args.checkpoint:
-        if name in taken:
-            fail(f"--checkpoint {name}=...: there is a row of that name already; choose another")
-        taken.add(name)
-        specs[name] = Spec(name, source)
-    # --defence takes the name of a training's folder, and the report's, too
-    short = {folder: row for folder, (row, *_) in TRAININGS.items()}
-    short |= {name: row for row, name in REPORT_NAMES.items()}
-    defences = {f"JPEG {quality}": f"original+jpeg{quality}" for quality in args.qualities}
-    for text in args.defence:
-        if text in taken:
-            fail(f"--defence {text}: there is a row of that name already; choose another")
-        defences[text] = text
-    for name, text in defences.items():
-        model, *steps = text.split("+")
-        models = "; ".join(dict.fromkeys(spec.row for spec in specs.values()))
-        with common.exit_on_error(f"--defence {text}: write MODEL+jpegQ, MODEL one of {models}"):
-            steps = tuple(jpeg_quality(re.fullmatch("jpeg(.+)", step)[1]) for step in steps)
-            model = short.get(model, model)
-            models = {label: spec for label, spec in specs.items() if spec.row == model}
-            if not models:
-                raise ValueError(f"there is no {model!r}")
-        for label, spec in models.items():
-            label = name + label.removeprefix(model)
-            specs[label] = replace(spec, row=name, qualities=spec.qualities + steps)
-    for one, other in itertools.combinations(specs, 2):
-        if image_folder(one) == image_folder(other):
-            fail(f"the rows {one} and {other} would save their images in the same folder: choose another name")
-    return specs
-
-
-def training_note(record, expected):
-    """Return a text that names the flags and images of a training that are not those of its row, or ''.
-
-    record     its metrics.json
-    expected   the flags of the row's training
-    """
-    changes = []
-    if expected.num_images is None and os.path.exists(expected.train_data):  # own pictures: all of them
-        content = common.digest(common.load_training_rows(expected)["checksum"][:])
-        changes += ["other images and captions"] if record["inputs"]["images and captions"] != content else []
-    for flag in NOTED_TRAINING:
-        values = record["args"].get(flag), common.relative_paths(getattr(expected, flag))
-        if values[0] != values[1]:
-            was, now = ("none" if value is None else common.flag_text(flag, value) for value in values)
-            changes.append(f"--{flag} {was}, not {now}")
-    return f"trained with {'; '.join(changes)}" if changes else ""
-
-
-def seed_name(row, seed, args):
-    """Return the name of a training's figures: its row, and the seed where it is not the first."""
-    return row if seed == args.seed else f"{row}, seed {seed}"
-
-
-def image_folder(name):
-    """Return the name of the folder with the white-box images of a row."""
-    return re.sub(r"[^\w.+-]+", "_", name).strip("._").lower() or "row"
-
-
 def row_attack(args, spec):
     """Return the white-box attack of a row."""
     return common.white_box(args.eps, args.attack_steps, through_jpeg=bool(spec.qualities))
 
 
-def row_key(args, spec, images, code):
-    """Return checksums of all that the figures of a row depend on, {part: checksum}; if one differs, measure again.
+def identify(args, name, spec, data):
+    """Load the model of a row, check it, and let it go; return the Spec with its key, training time and notes."""
+    row = load_row(args, name, spec, data)
+    print_cut_captions(row)
+    notes, seconds = [*row.clip.notes], None
+    if spec.source and row.clip.weights_digest == data.weights:
+        notes.append("its weights are the original model's")
+    if spec.training:
+        script, flags = spec.training
+        seconds, training_notes = check_training(Path(flags.output_dir), script, flags, data.model)
+        notes += training_notes
+    inputs = [row.clip.digest, spec.qualities, data.images.checksums, common.digest(data.transfer), args.candidates]
+    inputs += [data.images.candidates] if args.candidates == "mmeb" else []
+    inputs += [asdict(row_attack(args, spec)), args.restarts, args.seed, row.clip.precision]
+    return replace(spec, key=common.digest(inputs), seconds=seconds, notes=tuple(notes))
 
-    images   checksums of the evaluation images and of the transferred ones
-    code     {part: code_checksums()} of the definitions that measure a row, and of the sanity checks
+
+def check_training(folder, script, flags, model):
+    """Return the training time of a finished training, and notes on it: other flags, other code.
+
+    Exit if it is another script's, of another original model, or of another loss, eps or seed.
     """
-    weights = []
-    if not spec.source or not spec.source.startswith(common.SCHEMAS):  # the original model, or a file of weights for it
-        weights = common.relative_paths([args.model, args.pretrained])
-        weights += common.model_checksums(args.model, args.pretrained).values()
-    if spec.source:
-        weights += common.source_checksums(spec.source).values()
-    attack = [asdict(row_attack(args, spec)), spec.qualities, args.restarts, args.seed, args.precision]
-    parts = {"weights": weights, "images": images, "captions": args.candidates, "attack": attack} | code
-    parts["radii code"] = common.code_checksums(__file__, "radius_curve")
-    if args.radii:
-        parts["radii"] = sorted(args.radii)
-    return {name: common.digest(part) for name, part in parts.items()}
+    with common.exit_on_error(f"{folder} is no training of this row"):
+        record = common.read_record(folder / "metrics.json")
+        was, now = record["args"] | record["identity"], {"script": Path(script.__file__).name, "model": model}
+        now |= {flag: getattr(flags, flag) for flag in [*script.IDENTITY.split(), "num_images", "train_data"]}
+        for values in (was, now):
+            values["train_data"] = Path(values["train_data"]).name  # which may lie elsewhere by now
+        changes = {key: common.difference(key, was.get(key), now[key]) for key in now if was.get(key) != now[key]}
+        wrong = [changes.pop(key) for key in SAME_TRAINING if key in changes]
+        if wrong:
+            raise ValueError(f"{'; '.join(wrong)}: remove that folder, or choose another --output_dir")
+    notes = [f"trained with {'; '.join(changes.values())}"] if changes else []
+    return record["training_seconds"], [*notes, *filter(None, [common.code_note(folder, script.__file__)])]
 
 
-def check_leakage(name, clip, examples):
-    """Exit if a model was trained on an evaluation image, as far as its weights say."""
-    if leaked := clip.train_ids & {*common.known_ids(examples)}:
+def load_row(args, name, spec, data):
+    """Load the model of a row, and the evaluation images in its geometry; exit if it was trained on one of them."""
+    clip, images, transfer = load_clip(args, spec.source), data.images, data.transfer
+    if clip.geometry != data.geometry:  # transferred images reach it as files, which it resizes
+        images, transform = common.load_images(args, "eval", clip.geometry), common.to_geometry(clip.geometry)
+        transfer = np.stack([transform(Image.fromarray(pixels.transpose(1, 2, 0))) for pixels in transfer])
+    fingerprints = images.fingerprints()
+    if leaked := {fingerprints[each] for each in clip.trained_on & fingerprints.keys()}:
         fail(f"leakage: {name} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
-
-
-def load_row(args, name, spec, original, examples):
-    """Load the model of a row, and the original row's images in that model's geometry."""
-    clip = load_clip(args, spec.source)
-    check_leakage(name, clip, examples)
-    weights = [each.model.state_dict() for each in (clip, original.clip)]
-    for state in weights:
-        state.pop("logit_scale", None)  # moves no cosine
-    if common.equal_tensors(*weights):
-        clip.notes.append("its weights are the original model's")
-    row = replace(original, name=name, clip=clip, qualities=spec.qualities)
-    if clip.geometry != original.clip.geometry:  # transferred images reach it as files, which it resizes
-        rows = examples.with_format(None).remove_columns("pixels")
-        row.pixels = load_examples(args, "eval", rows, clip.geometry)[:]["pixels"]
-        transform = common.to_geometry(clip.geometry)
-        row.transfer = np.stack([transform(Image.fromarray(image.transpose(1, 2, 0))) for image in original.transfer])
-    return forgive_equal_captions(row, examples["path"])
+    row = Row(name, clip, images.pixels, transfer, *load_candidates(args.candidates, images), spec.qualities)
+    return forgive_equal_captions(row, images.paths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def load_candidates(kind, examples):
+def load_candidates(kind, images):
     """Return the captions to retrieve from, as in Row: captions, right, candidates, equal."""
     numbers = {}  # of the captions
 
@@ -358,8 +336,8 @@ def load_candidates(kind, examples):
         longest = max(map(len, found))
         return torch.tensor([indices + indices[:1] * (longest - len(indices)) for indices in found])
 
-    candidates = indices_of(examples["texts"]) if kind == "mmeb" else None
-    right = indices_of(examples["captions"])
+    candidates = indices_of(images.candidates) if kind == "mmeb" else None
+    right = indices_of(images.captions)
     return list(numbers), right, candidates, torch.arange(len(numbers))
 
 
@@ -397,7 +375,7 @@ def encode_row(row, pixels, seed):
     """Encode a row's images by the whole defence: (N, D); the batch size changes no random draw."""
     features = []
     for start in range(0, len(pixels), row.clip.batch_size):
-        here = slice(start, min(start + row.clip.batch_size, len(pixels)))
+        here = np.arange(start, min(start + row.clip.batch_size, len(pixels)))
         encode_image = row.defended_encoder(row.clip.encode_image, seed, here=here)
         features.append(row.clip.encode_pixels(pixels[here], encode_image))
     return torch.cat(features)
@@ -453,58 +431,46 @@ def row_loss(attack, row):
     return loss
 
 
-def attack_row(attack, row, run=None, done=None):
-    """Attack a row once, from noise if the attack has a seed, else from the transferred images: pixels_adv, health.
-
-    done   the result for the row's first images, which are then not attacked again
-    """
-    count = len(done[0]) if done else 0
-    if count == len(row.pixels):
-        return done
+def attack_row(attack, row, run=None):
+    """Attack a row once, from noise if the attack has a seed, else from the transferred images; as attack_all()."""
     start, what = row.transfer if attack.seed is None else None, f"{row.name}, {attack.loss}"
-    options = {"first": count, "keys": row.key, "precision": row.precision}
-    found, health = attack_all(attack, row_loss(attack, row), row.pixels, row.clip, start, run, what, **options)
-    return (torch.cat([done[0], found]), common.sum_health([done[1], health])) if done else (found, health)
+    return attack_all(attack, row_loss(attack, row), row.pixels, row.clip, start, run, what, row.keys)
 
 
-def attack_both(attack, row, seed, run=None, done=None):
+def attack_both(attack, row, seed, run=None):
     """Attack a row's cosine, and from there the margin of images whose own caption is still first.
 
-    returns   [pixels_adv of each], [health of each]; one of each where no own caption is first any more
+    returns   [pixels_adv of each], [what went wrong in each, as pgd() says]; one of each where no own caption is
+              first any more
     """
-    lowest, health = attack_row(attack, row, run, done)
+    lowest, wrong = attack_row(attack, row, run)
     ranks = common.gather(score(row, lowest, seed)["rank_i2t"])[0]  # rank 0's floats decide for all
     first, narrowest = np.flatnonzero(ranks == 0), lowest.clone()
     if not len(first):
-        return [lowest], [health]
-    from_lowest = replace(row.part(first), transfer=lowest[first])
-    narrowest[first], health_margin = attack_row(replace(attack, loss="margin", seed=None), from_lowest, run)
-    return [lowest, narrowest], [health, health_margin]
+        return [lowest], [wrong]
+    from_lowest = replace(row.part(first), transfer=lowest[first].numpy())
+    narrowest[first], wrong_margin = attack_row(replace(attack, loss="margin", seed=None), from_lowest, run)
+    return [lowest, narrowest], [wrong, wrong_margin]
 
 
-def choose_steps(row, attack, seed, run=None):
-    """Look on some of a row's images whether twice the steps lower the mean cosine by more than TOLERANCE.
+def under_attack(row, attack, seed, run=None, gallery=None):
+    """Score a row's images under both attacks, each image at its worst, as score() does.
 
-    Where they do, and the attack is one through JPEG, its steps are doubled, once. Choosing an attack on evaluation
-    images only makes it stronger.
-
-    returns   the attack; {"steps": its steps, "fall": of the mean cosine of those images with twice these steps}; the
-              result of the attack for those images
+    These are the raw figures of a radius or a number of steps; what larger attacks find is not in them.
     """
-    few = row.part(slice(CONVERGENCE_IMAGES))
+    found, _ = attack_both(attack, row, seed, run)
+    return worst_of([score(row, pixels, seed, gallery) for pixels in found])
 
-    def with_steps(steps):
-        """The attack with so many steps, its result, and the mean cosine."""
-        longer = replace(attack, steps=steps)
-        found = attack_row(longer, few, run)
-        return longer, found, common.gather(float(score(few, found[0], seed)["similarity"].mean()))[0]
 
-    chosen, found, cosine = with_steps(attack.steps)
-    doubled, found_doubled, cosine_doubled = with_steps(2 * attack.steps)
-    if row.qualities and cosine - cosine_doubled > TOLERANCE:
-        chosen, found, cosine = doubled, found_doubled, cosine_doubled
-        _, _, cosine_doubled = with_steps(2 * chosen.steps)
-    return chosen, {"steps": chosen.steps, "fall": cosine - cosine_doubled}, found
+def worst_of(scored):
+    """Return of several score() results the worst of each image."""
+    columns = {key: np.stack([values[key] for values in scored]) for key in scored[0]}  # (results, N)
+    return {key: values.max(0) if key.startswith("rank") else values.min(0) for key, values in columns.items()}
+
+
+def scaled(attack, eps):
+    """Return an attack of another radius: as many steps, each as large a part of it."""
+    return replace(attack, eps=eps, alpha=attack.alpha * eps / attack.eps)
 
 
 @dataclass
@@ -512,9 +478,8 @@ class Measured:
     """The figures of one row, and the attacked images behind them."""
 
     conditions: dict  # {clean, transfer, white_box: {measure: (N,)}}
-    precision: dict  # of accept_precision()
-    convergence: dict  # of choose_steps()
-    health: dict  # of the attacks
+    fall: float  # of the mean cosine of some images with twice the steps
+    health: dict  # {what went wrong in the attacks: how often}
     lowest: torch.Tensor  # uint8 (N, 3, H, W), of each image the attacked one of the lowest cosine
     ranks: list  # of the own caption, for lowest
     outranked: dict  # {index: (pixels, cosine, rank)} where only another attacked image loses its own caption
@@ -526,77 +491,53 @@ def measure(row, attack, starts, seed, run=None):
     gallery = encode_row(row, row.pixels, seed)  # one attacked image stands among clean ones
     clean, transfer = (score(row, pixels, seed, gallery) for pixels in (row.pixels, row.transfer))
     print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
-    given = attack, row_loss(attack, row), row.pixels, row.clip, row.transfer, row.name
-    chosen, precision = common.accept_precision(*given)
-    row = replace(row, precision=chosen)
-    attack, convergence, done = choose_steps(row, attack, seed, run)
     # the transferred images count as white-box, too; resized ones may have left the ball
     levels = common.grey_levels(attack.eps)
     low, high = np.maximum(row.pixels, levels) - levels, np.minimum(row.pixels, 255 - levels) + levels
-    sets, healths = [torch.from_numpy(row.transfer.clip(low, high))], []
+    sets, wrong = [torch.from_numpy(row.transfer.clip(low, high))], []
     for start in range(starts):  # the transferred images, then noise
-        found, health = attack_both(replace(attack, seed=seed + 7919 * start if start else None), row, seed, run, done)
-        sets, healths, done = sets + found, healths + health, None
+        found, problems = attack_both(replace(attack, seed=seed + 7919 * start if start else None), row, seed, run)
+        sets, wrong = sets + found, wrong + problems
+    few = row.part(slice(CONVERGENCE_IMAGES))
+    longer, _ = attack_row(replace(attack, steps=2 * attack.steps), few, run)
+    cosines = [score(few, pixels, seed)["similarity"].mean() for pixels in (sets[1][:CONVERGENCE_IMAGES], longer)]
+
     scored = [score(row, pixels, seed, gallery) for pixels in sets]
-    every = {key: np.stack([values[key] for values in scored]) for key in transfer}  # (sets, N)
-    worst = {key: values.max(0) if key.startswith("rank") else values.min(0) for key, values in every.items()}
-    cosines, ranks, images = every["similarity"], every["rank_i2t"], torch.stack(sets)
-    by_cosine, by_rank, outranked = cosines.argmin(0), ranks.argmax(0), {}
+    cosine, rank = (np.stack([values[key] for values in scored]) for key in ("similarity", "rank_i2t"))  # (sets, N)
+    by_cosine, by_rank, images, outranked = cosine.argmin(0), rank.argmax(0), torch.stack(sets), {}
     for i, (first, last) in enumerate(zip(by_cosine, by_rank)):  # indices of the sets: lowest cosine, worst rank
-        if ranks[first, i] == 0 < ranks[last, i]:
-            outranked[i] = images[last, i], float(cosines[last, i]), int(ranks[last, i])
-    conditions = {"clean": clean, "transfer": transfer, "white_box": worst}
+        if rank[first, i] == 0 < rank[last, i]:
+            outranked[i] = images[last, i], float(cosine[last, i]), int(rank[last, i])
     every_image = np.arange(len(row.pixels))
-    lowest, lowest_ranks = images[by_cosine, every_image], ranks[by_cosine, every_image].tolist()
-    health, chance = common.sum_health(healths), (1 / count_candidates(row)).mean().item()
-    return Measured(conditions, precision, convergence, health, lowest, lowest_ranks, outranked, chance)
+    lowest = images[by_cosine, every_image]
+    health = {key: sum(int(problems[key].sum()) for problems in wrong) for key in wrong[0]}
+    health["max_abs_delta_grey_levels"] = int(common.linf_grey_levels(row.pixels, lowest).max())
+    conditions = {"clean": clean, "transfer": transfer, "white_box": worst_of(scored)}
+    ranks = rank[by_cosine, every_image].tolist()
+    chance = (1 / count_candidates(row)).mean().item()
+    return Measured(conditions, float(cosines[0] - cosines[1]), health, lowest, ranks, outranked, chance)
 
 
-def save_white_box(folder, measured, examples):
+def save_white_box(folder, measured, images):
     """Save the images behind a row's white-box figures as PNGs, in the ImageFolder form.
 
     lowest/      of each image the one of the lowest cosine
     outranked/   of images that keep their own caption there the one that loses it
     """
-    captions, ids, names = examples["caption"][:], examples["coco_id"][:], examples["name"][:]
     similarities = measured.conditions["white_box"]["similarity"].tolist()
     lowest = zip(measured.lowest, similarities, measured.ranks)
-    images = [("lowest", i, *found) for i, found in enumerate(lowest)]
-    images += [("outranked", i, *found) for i, found in measured.outranked.items()]
+    saved = [("lowest", i, *found) for i, found in enumerate(lowest)]
+    saved += [("outranked", i, *found) for i, found in measured.outranked.items()]
     for kind in ("lowest", "outranked"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        for file in (folder / kind).glob("*.png"):  # of an earlier run
-            file.unlink()
     lines = []
-    for kind, i, pixels, similarity, rank in images:
-        file = f"{kind}/{names[i]}.png"
+    for kind, i, pixels, similarity, rank in saved:
+        file = f"{kind}/{images.names[i]}.png"
         common.save(folder / file, Image.fromarray(pixels.numpy().transpose(1, 2, 0)))
-        about = {"caption": captions[i], "coco_id": ids[i], "similarity": similarity, "rank_i2t": rank}
+        about = {"caption": images.captions[i][0], "coco_id": images.coco_ids[i]}
+        about |= {"similarity": similarity, "rank_i2t": rank}
         lines.append(json.dumps({"file_name": file} | about) + "\n")
     common.save(folder / "metadata.jsonl", "".join(lines))
-
-
-def radius_curve(row, attack, args, conditions, run=None):
-    """Return a row's similarity and R@1 at each of --radii: [(grey levels, similarity, R@1)], the clean images first.
-
-    At each radius an image counts as the worst one found in its ball, by the attacks of this radius and of all smaller
-    ones, so that no curve rises; from --eps on also by the attack of the table.
-    """
-    scored = [conditions["clean"]]
-    curve = [(0, *mean_worst(scored))]
-    for eps in sorted(args.radii):
-        found, _ = attack_both(replace(attack, eps=eps, alpha=attack.alpha * eps / attack.eps), row, args.seed, run)
-        scored += [score(row, pixels, args.seed) for pixels in found]
-        table = [conditions["white_box"]] if eps >= args.eps else []
-        curve.append((round(eps * 255, 6), *mean_worst(scored + table)))
-    return curve
-
-
-def mean_worst(scored):
-    """Return mean similarity and image-to-text R@1, each image taken as the worst of several score() results."""
-    similarity = np.minimum.reduce([values["similarity"] for values in scored])
-    ranks = np.maximum.reduce([values["rank_i2t"] for values in scored])
-    return float(similarity.mean()), float((ranks == 0).mean())
 
 
 def improvement(clean, adversarial, clean_0, adversarial_0):
@@ -684,8 +625,8 @@ def summarise_rows(record, specs, seed):
 
     per_seed        {name: summary} of a row with several seeds
     above_chance    whether its clean R@1 is above that of a random ranking; else it has no improvement
-    not_converged   whether more steps lower its white-box cosine by more than TOLERANCE, with any seed; see fall_of()
-    fall, steps     the largest such fall; the steps of the attack
+    not_converged   whether more steps lower its white-box cosine by more than TOLERANCE, with any seed
+    fall            the largest such fall
     """
     names = {}
     for name, spec in specs.items():
@@ -701,24 +642,15 @@ def summarise_rows(record, specs, seed):
         if not (rows[row]["above_chance"] and rows["original"]["above_chance"]):
             for summary in (rows[row], *rows[row]["per_seed"].values()):
                 summary |= {key: None for key in summary if key.startswith("improvement")}
-        fall = max(fall_of(record, name) for name in members)
+        fall = max(record["fall"][name] for name in members)
         checks = [check for name in members for check in record["sanity"].get(name, {}).get("checks", [])]
         unfinished = any(result == NOT_CONVERGED for _, result, _ in checks)
         rows[row] |= {"fall": fall, "not_converged": fall > TOLERANCE or unfinished}
-        rows[row]["steps"] = max(record["convergence"][name]["steps"] for name in members)
         seconds = [specs[name].seconds for name in members]
         rows[row]["training_seconds"] = None if None in seconds else float(np.mean(seconds))
-        rows[row]["precision"] = ", ".join(sorted({record["precision"][name]["precision"] for name in members}))
-        notes = [note for name in members for note in record["notes"].get(name, [])]
-        notes += [specs[name].note for name in members if specs[name].note][:1]
-        rows[row]["note"] = "; ".join(dict.fromkeys(notes)) or None
+        rows[row]["note"] = "; ".join(dict.fromkeys(note for name in members for note in record["notes"][name])) or None
         rows[row]["members"] = members
     return rows
-
-
-def fall_of(record, name):
-    """Return by how much more steps, or with --sanity more starts, too, lower the mean cosine of some images."""
-    return max(record["convergence"][name]["fall"], record["sanity"].get(name, {}).get("fall", 0))
 
 
 def compare_rows(record, seed):
@@ -765,23 +697,19 @@ def sanity(row, attack, seed, run=None):
     """
     checks = []
 
-    def attacked(**changes):
-        return attack_row(replace(attack, **changes), row, run)
-
     def similarity(pixels, seed=seed):
         return score(row, pixels, seed)["similarity"]
 
-    def under_both(**changes):
-        """Similarities under the cosine attack, and whether the own caption is first under both attacks, (N,) each."""
-        found, _ = attack_both(replace(attack, **changes), row, seed, run)
-        scored = [score(row, pixels, seed) for pixels in found]
-        return scored[0]["similarity"], np.maximum.reduce([values["rank_i2t"] for values in scored]) < 1
+    def attacked(attack):
+        """Similarities, and whether the own caption is first, (N,) each, under both attacks."""
+        worst = under_attack(row, attack, seed, run)
+        return worst["similarity"], worst["rank_i2t"] < 1
 
-    pixels_adv, health = attacked()
-    base, first = under_both()
+    pixels_adv, wrong = attack_row(attack, row, run)
+    base, first = attacked(attack)
     figure = float(base.mean())
 
-    further, still = under_both(steps=5 * attack.steps)
+    further, still = attacked(replace(attack, steps=5 * attack.steps))
     fall = float((base - further).mean())
     converged = fall <= TOLERANCE and first.sum() - still.sum() <= 1
     figures = f"{attack.steps} steps {figure:.3f}, five times as many {further.mean():.3f}"
@@ -789,7 +717,8 @@ def sanity(row, attack, seed, run=None):
     check = f"five times the steps lower the cosine by at most {TOLERANCE}, R@1 by at most one image"
     checks.append((check, PASS if converged else NOT_CONVERGED, figures))
 
-    starts = [base, *(similarity(attacked(seed=seed + 7919 * which)[0]) for which in (1, 2))]
+    noise = (replace(attack, seed=seed + 7919 * which) for which in (1, 2))
+    starts = [base, *(similarity(attack_row(start, row, run)[0]) for start in noise)]
     lowest = np.minimum.reduce(starts)
     converged, fall = (base - lowest).mean() <= TOLERANCE, max(fall, float((base - lowest).mean()))
     figures = f"{figure:.3f}, lowest of three for each image {lowest.mean():.3f}"
@@ -797,8 +726,7 @@ def sanity(row, attack, seed, run=None):
 
     clean = score(row, row.pixels, seed)
     found = [(clean["similarity"], clean["rank_i2t"] < 1)]
-    for levels in EPS_CURVE[1:]:  # as many steps, each as large a part of the radius
-        found.append(under_both(eps=levels / 255, alpha=attack.alpha * (levels / 255 / attack.eps)))
+    found += [attacked(scaled(attack, levels / 255)) for levels in EPS_CURVE[1:]]
     curve = [(levels, float(cosine.mean()), float(first.mean())) for levels, (cosine, first) in zip(EPS_CURVE, found)]
     recalls = [recall for *_, recall in curve]
     falls = all(larger <= smaller for smaller, larger in zip(recalls, recalls[1:]))
@@ -815,12 +743,12 @@ def sanity(row, attack, seed, run=None):
     figures = f"transfer minus white-box {gap.mean():+.3f}"
     checks.append(("transferred images are no stronger", PASS if gap.mean() >= -TOLERANCE else FAIL, figures))
 
-    dead, broken = health["images_with_zero_gradients"], health["images_with_nonfinite_values"]
+    dead, broken = int(wrong["zero_gradient"].sum()), int(wrong["nonfinite"].sum())
     figures = f"{dead} images with a zero gradient, {broken} with a value that is not finite, of {len(row.pixels)}"
     checks.append(("gradients are there and finite", PASS if dead == broken == 0 else FAIL, figures))
 
-    again = similarity(pixels_adv, seed + 1)
-    apart, shift = float(np.abs(base - again).max()), float((again - base).mean())
+    once, again = similarity(pixels_adv), similarity(pixels_adv, seed + 1)
+    apart, shift = float(np.abs(again - once).max()), float((again - once).mean())
     same = abs(shift) <= TOLERANCE if "random" in row.qualities else apart < 1e-3
     figures = f"other draws change the mean by {shift:+.4f}, an image by at most {apart:.1e}"
     checks.append(("scores are reproducible", PASS if same else FAIL, figures))
@@ -850,7 +778,7 @@ def marks_of(record):
         failed = False
         for member in row["members"]:
             health, checks = record["health"][member], record["sanity"].get(member, {}).get("checks", [])
-            failed |= health["images_with_zero_gradients"] + health["images_with_nonfinite_values"] > 0
+            failed |= health["zero_gradient"] + health["nonfinite"] > 0
             failed |= any(result == FAIL for _, result, _ in checks)
         doubtful = row["clean_recall_i2t@1"] < least or not row["above_chance"]
         marks[name] = " (!)" * failed + " (?)" * doubtful + " (*)" * bool(row["note"])
@@ -884,9 +812,6 @@ def notes_on(record, marks, shown=str):
     if falls:
         what = "<= marks an attack that has not converged: more steps lower the mean cosine of some images further"
         notes.append(f"{shown(what)}: {'; '.join(falls)}.")
-    doubled = [name for name, row in record["rows"].items() if row["steps"] > record["args"]["attack_steps"]]
-    if doubled:
-        notes.append(f"{'; '.join(map(shown, doubled))}: {2 * record['args']['attack_steps']} steps.")
     if any(row["training_seconds"] is not None and not row["per_seed"] for row in record["rows"].values()):
         notes.append("Each trained row is of one seed, which is one draw: --reproduce --seeds 3 trains it three times.")
     notes += [shown(f"{mark}: {text}") for mark, text in MARKS.items() if mark in "".join(marks.values())]
@@ -943,7 +868,7 @@ def console_table(record):
         lines += [f"{name[:20]:20}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in rows]
     lines.append("")
     for note in notes_on(record, marks):
-        lines += [note] if " python " in note else textwrap.wrap(note, 80)  # a command is to be pasted as it stands
+        lines += textwrap.wrap(note, 80)
     return "\n".join(lines)
 
 
@@ -1178,145 +1103,164 @@ def draw_curves(path, curves, count):
         axes[1].legend(fontsize=8, frameon=False)
 
 
-# of metrics.json, each {name: ...}
-MEASURED = ["keys", "per_image", "precision", "chance", "notes", "convergence", "health", "sanity", "radii"]
-OPTIONAL = ["sanity", "radii"]  # of these what --sanity and --radii ask for
-OPTIONAL_PARTS = {"sanity": "sanity", "radii": "radii", "radii code": "radii"}  # part of a row's key -> what it is for
+# ---------------------------------------------------------------------------------------------------------------------
+# The table, made of one file for each row: rows/<row>-<key>.json
+
+
+WRITES = ["rows", "white_box", "table.md", "examples.png", "cosines.png", "table.png", "eps_curves.png", "radii.png"]
 
 
 def main(args):
-    rows, clip = common.load_rows(args, "eval"), load_clip(args).to("cpu")  # the scripts that run first need the device
-    candidates = load_candidates(args.candidates, rows)
-    forgive_equal_captions(Row("original", clip, None, None, *candidates), rows["path"])  # ends before the first attack
-    if args.reproduce:
-        reproduce(args)
-    folder = common.adversarial_folder(args, "eval")
     specs = list_rows(args)
-    code = common.code_checksums(__file__, "Row", "measure", "load_row", "load_candidates", "row_attack")
-    run = common.Run(args, code, rows, extends=ROW_FLAGS)
-    images = [rows["checksum"][:], common.adversarial_checksum(folder, rows), args.skip_bad_images]
-    images += [rows["texts"][:]] if args.candidates == "mmeb" else []
-    code = {"code": code, "sanity": common.code_checksums(__file__, "sanity")}
-    keys = {name: row_key(args, spec, images, code) for name, spec in specs.items()}
+    run = common.Run(args, __file__, "", WRITES)
+    data = load_evaluation(args)
+    for name, spec in specs.items():  # what was given is looked at before the first training
+        if not spec.training:
+            specs[name] = identify(args, name, spec, data)
+    if args.reproduce:
+        for spec in specs.values():
+            if spec.training and not spec.qualities:
+                script, flags = spec.training
+                print(f"\n{Path(script.__file__).name}: {flags.output_dir}", flush=True)
+                script.main(flags)
+    for name, spec in specs.items():
+        if spec.training:
+            specs[name] = identify(args, name, spec, data)
 
-    record = {"args": run.record["args"], "transfer_note": common.code_note(folder)}
-    record["shown_by"] = common.digest(common.code_checksums(__file__))  # with other code the table is written again
-    take_measured(run, record, keys)
-    asked = ["per_image", *(kind for kind in OPTIONAL if getattr(args, kind))]
-    missing = [name for name in keys if any(name not in record[kind] for kind in asked)]
-    written = (run.dir / "table.md").exists()
-    if run.previous and not missing and written and is_shown(record, run.previous, specs):
-        run.report_complete()
-        print(console_table(run.previous))
-        return
-
+    entries = {name: common.gather(read_entry(run.dir, name, spec))[0] for name, spec in specs.items()}
+    missing = [name for name, entry in entries.items() if missing_parts(args, entry)]
     if missing:
-        measure_rows(args, run, record, specs, keys, missing, clip.to(clip.device), rows, folder)
-    for kind in MEASURED:  # in the order of the table
-        record[kind] = {name: record[kind][name] for name in specs if name in record[kind]}
+        run.begin(any_code=True)
+    for name in missing:
+        measure_row(args, run, name, specs[name], entries[name], data)
+
+    record = collect(args, specs, entries) | {"args": run.record["args"], "transfer_note": data.note}
+    record |= {"n": len(data.images), "coco_ids": [i for i in data.images.coco_ids if i is not None]}
     record["rows"] = summarise_rows(record, specs, args.seed)
-    record |= {"n": record["rows"]["original"]["n"], "paired": compare_rows(record, args.seed)}
-    record["shown"] = [[name, spec.note, spec.seconds] for name, spec in specs.items()]
+    record["paired"] = compare_rows(record, args.seed)
+    shown = common.digest([run.record["code"], markdown_table(record)])
+    if run.done and common.read_record(run.dir / "metrics.json").get("shown") == shown:
+        run.report_done()
+        print(console_table(record))
+        return
+    run.begin(any_code=True)
     show(run, record)
-    run.finish(clip, **record)
+    run.finish(common.pick_device(args.device), **record, shown=shown)
     print(f"\n{console_table(record)}\n\nin {run.dir}: table.md, metrics.json and figures")
 
 
-def take_measured(run, record, keys):
-    """Copy the figures of the folder's earlier table whose keys are still the same into the record.
-
-    Rows that this table does not show are kept in "not_shown", so that a later one need not measure them again.
-    """
-    previous = run.previous or {}
-    unseen = previous.get("not_shown", {})
-    earlier = {kind: unseen.get(kind, {}) | previous.get(kind, {}) for kind in MEASURED}
-    record |= {kind: {} for kind in MEASURED} | {"not_shown": {kind: {} for kind in MEASURED}}
-    record["coco_ids"] = previous.get("coco_ids")
-    for name, was in earlier["keys"].items():
-        target = record if name in keys else record["not_shown"]
-        changed = [part for part, value in keys.get(name, was).items() if was.get(part) != value]
-        if {*changed} - {*OPTIONAL_PARTS}:
-            why = ", ".join(f"code ({run.changed})" if part == "code" and run.changed else part for part in changed)
-            print(f"{name} is measured again, because of other {why}")
-            continue
-        dropped = {OPTIONAL_PARTS[part] for part in changed}
-        for kind in sorted(dropped):
-            if name in earlier[kind]:
-                print(f"{name}: its figures of --{kind} were made with other code or flags and are dropped")
-        for kind in MEASURED:
-            if name in earlier[kind] and kind not in dropped:
-                target[kind][name] = earlier[kind][name]
-        target["per_image"][name] = {
-            condition: {key: np.array(values, int if "rank" in key else np.float32) for key, values in scored.items()}
-            for condition, scored in earlier["per_image"][name].items()
-        }
+def load_evaluation(args):
+    """Return the Evaluation of the original model; transferred images that are missing are made."""
+    clip = load_clip(args)
+    images = common.load_images(args, "eval", clip.geometry)
+    row = Row("original", clip, images.pixels, images.pixels, *load_candidates(args.candidates, images))
+    forgive_equal_captions(row, images.paths)  # exits before the first attack
+    transfer, made = generate.adversarial_images(args, "eval", clip, images)
+    return Evaluation(images, transfer, made["note"], clip.geometry, clip.digest, clip.weights_digest)
 
 
-def is_shown(record, previous, specs):
-    """Return whether the folder's earlier table shows these rows with these notes, and was written by this code."""
-    same = all(record[key] == previous[key] for key in ("transfer_note", "shown_by"))
-    return same and previous["shown"] == [[name, spec.note, spec.seconds] for name, spec in specs.items()]
+def file_name(name, spec):
+    """Return the name of the files of a row: its own, and the digest of all that its figures depend on."""
+    plain = re.sub(r"[^\w.+-]+", "_", name).strip("._").lower()
+    return f"{plain or 'row'}-{spec.key}"
 
 
-def measure_rows(args, run, record, specs, keys, missing, clip, rows, folder):
-    """Measure the missing rows, with --sanity check their attacks, and add the figures to the record.
+def read_entry(folder, name, spec):
+    """Read the file of a row: {"figures": {...}, "radii": {radius: {...}}, "sanity": {...}}; {} if there is none."""
+    file = folder / "rows" / f"{file_name(name, spec)}.json"
+    with common.exit_on_error(f"{file} is damaged: remove it"):
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
-    clip           the original model
-    rows, folder   the evaluation images, and the folder of the transferred ones
-    """
-    examples = load_examples(args, "eval", rows, clip.geometry)
-    check_leakage("original", clip, examples)
-    transfer = common.load_adversarial(folder, examples, args)
-    original = Row("original", clip, examples[:]["pixels"], transfer, *load_candidates(args.candidates, examples))
-    original = forgive_equal_captions(original, examples["path"])
-    loaded = {None: original}  # {source: a row}; rows behind JPEG share a model
-    for name in missing:
-        if specs[name].source not in loaded:
-            row = loaded[specs[name].source] = load_row(args, name, specs[name], original, examples)
-            row.clip.to("cpu")
-    for row in loaded.values():
-        print_cut_captions(row)
 
-    unmeasured = [name for name in missing if name not in record["per_image"]]
-    checks = 2 * (1 + 5) + 2 + 2 * len(EPS_CURVE)  # attacks per image in sanity(); five times the steps count as five
-    attacked = 0  # images, at most: both losses, and through JPEG with up to twice the steps
-    for name in missing:
-        of_row = checks * min(SANITY_IMAGES, len(examples)) * args.sanity + 2 * len(args.radii) * len(examples)
-        if name in unmeasured:
-            of_row += 2 * args.restarts * len(examples) + 3 * CONVERGENCE_IMAGES
-        attacked += of_row * (2 if specs[name].qualities else 1)
-    common.print_cost(clip, original.pixels, examples["caption"][:], attacked * args.attack_steps)
-    run.require_space(1.1 * attacked * original.pixels[0].nbytes)
+def missing_parts(args, entry):
+    """Return what is asked for and not in a row's file: figures, radii, sanity."""
+    missing = [] if "figures" in entry else ["figures"]
+    missing += [eps for eps in args.radii if common.radius_text(eps) not in entry.get("radii", {})]
+    return missing + ["sanity"] * (args.sanity and "sanity" not in entry)
 
-    record["coco_ids"] = common.known_ids(examples)
-    for name in missing:
-        spec, attack = specs[name], row_attack(args, specs[name])
-        key = common.digest({part: value for part, value in keys[name].items() if part not in OPTIONAL_PARTS})
-        row = replace(loaded[spec.source], name=name, qualities=spec.qualities, key=key)
-        row.clip.to(row.clip.device)
-        if name in unmeasured:
-            measured = measure(row, attack, args.restarts, args.seed, run)
-            record["per_image"][name], record["health"][name] = measured.conditions, measured.health
-            record["convergence"][name] = measured.convergence
-            record["precision"][name], record["chance"][name] = measured.precision, measured.chance
-            record["notes"][name] = row.clip.notes
-            if not common.RANK:
-                save_white_box(run.dir / "white_box" / image_folder(name), measured, examples)
-            if name == "original":
-                few = replace(row.part(slice(3)), qualities=(30,))
-                through_jpeg = common.white_box(args.eps, 2 * args.attack_steps, through_jpeg=True)
-                attacked_jpeg, _ = attack_row(through_jpeg, few, run)
-                if not common.RANK:
-                    draw_examples(run.dir / "examples.png", row.part(slice(3)), measured.lowest[:3], attacked_jpeg)
-        attack = replace(attack, steps=record["convergence"][name]["steps"])
-        row = replace(row, precision=record["precision"][name]["precision"])
-        if args.sanity:
-            record["sanity"][name] = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run)
+
+def measure_row(args, run, name, spec, entry, data):
+    """Measure what is missing of a row, and store its file after each part."""
+    code = {key: run.record[key] for key in ("code", "versions", "commit")}
+    folder = run.dir / "white_box" / file_name(name, spec)
+    row = replace(load_row(args, name, spec, data), keys=(spec.key, code["code"], code["versions"]))
+    attack = row_attack(args, spec)
+
+    def store():
+        if not common.RANK:
+            (run.dir / "rows").mkdir(exist_ok=True)
+            common.save(run.dir / "rows" / f"{file_name(name, spec)}.json", entry)
+
+    if "figures" not in entry:
+        measured = measure(row, attack, args.restarts, args.seed, run)
+        if not common.RANK:
+            save_white_box(folder, measured, data.images)
+        if name == "original":
+            draw_original(args, run, row, measured)
+        kinds = ("fall", "health", "chance")
+        entry["figures"] = {"per_image": measured.conditions} | {kind: getattr(measured, kind) for kind in kinds} | code
+        store()
+    for eps in args.radii:
+        if common.radius_text(eps) not in entry.setdefault("radii", {}):
+            worst = under_attack(row, scaled(attack, eps), args.seed, run)
+            entry["radii"][common.radius_text(eps)] = {key: worst[key] for key in ("similarity", "rank_i2t")} | code
+            store()
+    if args.sanity and "sanity" not in entry:
+        entry["sanity"] = sanity(row.part(slice(SANITY_IMAGES)), attack, args.seed, run) | code
+        store()
+
+
+def draw_original(args, run, row, measured):
+    """Draw a few images of the original model, attacked without and through JPEG 30."""
+    few = replace(row.part(slice(3)), qualities=(30,))
+    attacked_jpeg, _ = attack_row(common.white_box(args.eps, args.attack_steps, through_jpeg=True), few, run)
+    if not common.RANK:
+        draw_examples(run.dir / "examples.png", row.part(slice(3)), measured.lowest[:3], attacked_jpeg)
+
+
+def collect(args, specs, entries):
+    """Return what the table shows of the rows' files: {kind: {name: ...}}."""
+    record = {kind: {} for kind in ("per_image", "fall", "health", "chance", "sanity", "radii", "notes")}
+    for name, entry in entries.items():
+        figures = entry["figures"]
+        per_image = {condition: as_arrays(scored) for condition, scored in figures["per_image"].items()}
+        record["per_image"][name] = per_image
+        record["health"][name], record["chance"][name] = figures["health"], figures["chance"]
+        checks = entry["sanity"] if args.sanity else None
+        if checks:
+            record["sanity"][name] = checks
+        record["fall"][name] = max(figures["fall"], checks["fall"] if checks else 0)
         if args.radii:
-            record["radii"][name] = radius_curve(row, attack, args, record["per_image"][name], run)
-        record["keys"][name] = record["keys"].get(name, {}) | keys[name]
-        if spec.source:
-            row.clip.to("cpu")  # a GPU need not hold all models at once
+            raw = {eps: as_arrays(entry["radii"][common.radius_text(eps)]) for eps in sorted(args.radii)}
+            record["radii"][name] = radius_curve(args, per_image, raw)
+        record["notes"][name] = [*specs[name].notes]
+        if (figures["code"], figures["versions"]) != (common.source_digest(__file__), common.versions()):
+            record["notes"][name].append(f"measured by {common.made_by(figures)}")
+    return record
+
+
+def as_arrays(scored):
+    """Convert the score() result that a row's file holds to arrays."""
+    kinds = {"similarity": np.float32, "margin": np.float32, "rank_i2t": int, "rank_t2i": int}
+    return {key: np.array(values, kinds[key]) for key, values in scored.items() if key in kinds}
+
+
+def radius_curve(args, per_image, raw):
+    """Return a row's similarity and R@1 at each radius: [(grey levels, similarity, R@1)], the clean images first.
+
+    raw   {radius: score() result under the attacks of that radius}
+
+    At each radius an image counts as the worst one found in its ball, by the attacks of this radius and of all smaller
+    ones, so that no curve rises; from --eps on also by the attack of the table.
+    """
+    keys = "similarity", "rank_i2t"
+    worst = {key: per_image["clean"][key] for key in keys}
+    curve = [(0, float(worst["similarity"].mean()), float((worst["rank_i2t"] < 1).mean()))]
+    for eps, found in raw.items():
+        table = [{key: per_image["white_box"][key] for key in keys}] if eps >= args.eps else []
+        worst = worst_of([worst, found, *table])
+        curve.append((round(eps * 255, 6), float(worst["similarity"].mean()), float((worst["rank_i2t"] < 1).mean())))
+    return curve
 
 
 def show(run, record):
@@ -1326,16 +1270,11 @@ def show(run, record):
     common.save(run.dir / "table.md", markdown_table(record))
     draw_cosines(run.dir / "cosines.png", record)
     draw_table(run.dir / "table.png", record)
-    kept = {image_folder(name) for name in (*record["per_image"], *record["not_shown"]["per_image"])}
-    for folder in (run.dir / "white_box").iterdir() if (run.dir / "white_box").is_dir() else ():
-        if folder.name not in kept:  # of an earlier run
-            shutil.rmtree(folder)
-    count = min(SANITY_IMAGES, record["n"])
     curves = {name: record["sanity"][name]["eps_curve"] for name in record["rows"] if name in record["sanity"]}
-    for name, kind, n in (("eps_curves.png", curves, count), ("radii.png", radius_curves(record), record["n"])):
-        (run.dir / name).unlink(missing_ok=True)  # of an earlier run
-        if kind:
-            draw_curves(run.dir / name, kind, n)
+    if curves:
+        draw_curves(run.dir / "eps_curves.png", curves, min(SANITY_IMAGES, record["n"]))
+    if record["radii"]:
+        draw_curves(run.dir / "radii.png", radius_curves(record), record["n"])
     if record["sanity"]:
         for line in ["", *sanity_lines(record)]:
             print(textwrap.fill(line, 80, subsequent_indent=" " * 6))

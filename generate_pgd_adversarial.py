@@ -3,14 +3,17 @@
 
 The attack searches an L-inf ball around each image for the lowest cosine with the image's own caption: PGD of Madry et
 al. 2018 (arXiv:1706.06083) from a uniform random start; the best iterate is kept. It attacks the original model, so
-these images measure *transfer* when they are shown to a defended model.
+these images measure *transfer* when they are shown to a defended model. A folder that has some of the images already
+is completed.
 
-    python generate_pgd_adversarial.py --split train      # the images of caption-aware adversarial training
-    python generate_pgd_adversarial.py --split eval       # the images of the transfer column
+    python generate_pgd_adversarial.py --split train           # the images of caption-aware adversarial training
+    python generate_pgd_adversarial.py --split eval            # the images of the transfer column
+    python generate_pgd_adversarial.py --split eval --fetch    # download what that needs, on a node with a network
 
 Files written to --output_dir (default runs/<preset>/adversarial_<split>):
     images/*.png     8 bits, rounded inside the ball
-    metadata.jsonl   file_name, caption, coco_id, clean and adversarial similarity, linf in grey levels, sha256
+    metadata.jsonl   file_name, caption, coco_id, clean and adversarial similarity, linf in grey levels, whether a
+                     gradient was zero or a value not finite, sha256 of the PNG, checksum of the source
     metrics.json     the means, measured on the saved files
 """
 
@@ -18,6 +21,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -25,101 +29,200 @@ from PIL import Image
 import common
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, given=None):
     parser = common.make_parser(__doc__)
     flag = parser.add_argument_group("generation (this script only)").add_argument
     flag("--split", choices=["train", "eval"], default="train", help="images to attack")
-    return common.parse_flags(parser, argv, lambda given: f"adversarial_{given.split}", lambda given: given.split)
+    flag("--fetch", action="store_true", help="load the model and the images, and end")
+    args = parser.parse_args(argv, given)
+    return common.fill(args, f"adversarial_{args.split}", args.split)
+
+
+def main(args):
+    run = open_run(args)
+    clip = common.load_clip(args, training=args.split == "train")
+    images = common.load_images(args, args.split, clip.geometry)
+    if args.fetch:
+        print(f"the model and {len(images)} images are here")
+        return
+    complete(run, args, clip, images)
+    if not run.begun:
+        run.report_done()
+
+
+def open_run(args):
+    return common.Run(args, __file__, "split eps alpha steps seed", ["images", "metadata.jsonl"])
+
+
+def adversarial_images(args, split, clip, images):
+    """Return the adversarial images of another script's images; in the default folder, missing ones are made first.
+
+    args      of the other script
+    images    common.Images in the geometry of clip, the original model
+    returns   uint8 (N, 3, H, W); {"folder", "seconds" that making them took, "note" on how they were made, or None}
+    """
+    own_args = stage_args(args, split)
+    if args.adversarial_dir:
+        folder = Path(args.adversarial_dir)
+        pixels = read_only(folder, own_args, clip, images)
+    else:
+        run = open_run(own_args)
+        folder, pixels = run.dir, complete(run, own_args, clip, images)
+    record = common.read_record(folder / "run.json")
+    seconds = record["seconds"] * len(images) / len(read_lines(folder))
+    return pixels, {"folder": str(folder), "seconds": seconds, "note": note_on(folder, record, own_args)}
+
+
+def stage_args(args, split):
+    """Return the flags of this script for the images of another one, which it makes with the other's attack."""
+    batch_size = [] if hasattr(args, "lr") else ["--batch_size", args.batch_size]  # a training's is for the training
+    return common.stage_args(parse_args, args, f"adversarial_{split}", "--split", split, *batch_size)
+
+
+def complete(run, args, clip, images):
+    """Make the adversarial images that a folder lacks; return all of them: uint8 (N, 3, H, W)."""
+    run.identify(model=clip.digest, precision=clip.precision)
+    with common.exit_on_error(f"--output_dir {run.dir}"):
+        lines, found = read_folder(run.dir, images, args.eps)
+    missing = common.gather([i for i in range(len(images)) if i not in found])[0]  # as rank 0 sees the folder
+    if not missing and run.done:
+        return np.stack([found[i] for i in range(len(images))])
+
+    run.begin()
+    found |= make(run, args, clip, images, missing)
+    lines = read_lines(run.dir)
+    wanted = [image_file(name) for name in images.names]  # in the order of the data, then what other commands wanted
+    lines = [lines[file] for file in [*wanted, *(file for file in lines if file not in {*wanted})]]
+    if not common.RANK:
+        common.save(run.dir / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    figures = summarise(lines)
+    run.finish(clip.device, **figures)
+    mark = "" if figures["share_lowered"] >= 0.99 else " (!)"
+    print(
+        f"{run.dir}: {figures['n']} images, similarity {figures['clean_similarity']:.4f} -> "
+        f"{figures['adversarial_similarity']:.4f}, lowered on {figures['share_lowered']:.1%}{mark}"
+    )
+    return np.stack([found[i] for i in range(len(images))])
+
+
+def make(run, args, clip, images, missing):
+    """Attack images, write their PNGs, and store their lines with the run: {index: uint8 (3, H, W) as written}."""
+    (run.dir / "images").mkdir(exist_ok=True)
+    attack = common.Attack(args.eps, args.alpha, args.steps, args.seed)
+    text_features = clip.encode_text(images.own_captions)
+    batches, made = common.my_batches(missing, args.batch_size), {}
+    total = sum(map(len, batches)) * (args.steps + 1)
+    with common.progress(what="attack", total=total, unit="image-step") as bar:
+        for batch in batches:
+            clean = images.pixels[batch]
+            loss_fn = common.own_caption(text_features, clip.attack_encoder(), batch)
+            step = partial(bar.update, len(batch))
+            pixels_adv, wrong = common.attack_batch(attack, loss_fn, clean, clip, batch, after_step=step)
+
+            files = [image_file(images.names[i]) for i in batch]
+            with ThreadPoolExecutor(args.num_workers) as pool:
+                written = list(pool.map(write_png, [run.dir / file for file in files], pixels_adv.numpy()))
+            saved = np.stack([pixels for pixels, _ in written])
+            with common.tf32(args.split == "train"):  # no table shows these figures
+                similarities = [clip.similarity(pixels, text_features[batch]).tolist() for pixels in (clean, saved)]
+            columns = {
+                "file_name": files,
+                "caption": [images.captions[i][0] for i in batch],
+                "coco_id": [images.coco_ids[i] for i in batch],
+                "clean_similarity": similarities[0],
+                "adversarial_similarity": similarities[1],
+                "linf": common.linf_grey_levels(clean, saved).tolist(),
+                **{key: values.tolist() for key, values in wrong.items()},
+                "sha256": [checksum for _, checksum in written],
+                "source": [images.checksums[i] for i in batch],
+            }
+            run.save_part(files, [dict(zip(columns, values)) for values in zip(*columns.values())])
+            made |= dict(zip(batch.tolist(), saved))
+    return {i: pixels for part in common.gather(made) for i, pixels in part.items()}
+
+
+def summarise(lines):
+    """Return the figures of metrics.json."""
+    columns = {key: np.array([line[key] for line in lines]) for key in lines[0] if key not in ("caption", "coco_id")}
+    clean, adversarial = columns["clean_similarity"], columns["adversarial_similarity"]
+    return {
+        "n": len(lines),
+        "clean_similarity": clean.mean(),
+        "adversarial_similarity": adversarial.mean(),
+        "share_lowered": (adversarial < clean).mean(),
+        "max_abs_delta_grey_levels": columns["linf"].max(),
+        "images_unmoved": (columns["linf"] == 0).sum(),
+        "images_with_zero_gradients": columns["zero_gradient"].sum(),
+        "images_with_nonfinite_values": columns["nonfinite"].sum(),
+    }
 
 
 def write_png(path, pixels):
     """Write uint8 (3, H, W) to a PNG; return the pixels read back from the file, and its sha256."""
     common.save(path, Image.fromarray(pixels.transpose(1, 2, 0)))
     data = path.read_bytes()
-    return np.asarray(common.read_image(data, ["PNG"])).transpose(2, 0, 1), hashlib.sha256(data).hexdigest()
+    return common.to_array(common.read_image(data)), hashlib.sha256(data).hexdigest()
 
 
-def main(args):
-    rows, code = common.load_rows(args, args.split), common.code_checksums(__file__)
-    run = common.Run(args, code, extends=["num_images"])
-    done = earlier_entries(run, rows, args)
-    if run.previous and run.previous["args"]["num_images"] >= args.num_images:
-        run.report_complete()
-        return
-    clip = common.load_clip(args)
-    examples = common.load_examples(args, args.split, rows, clip.geometry)
-    if [entry["source"] for entry in done] != examples["checksum"][: len(done)]:
-        common.fail(f"{run.dir} was made with other images or captions. {common.overwrite_advice()}")
-    pixels, captions, ids = examples["pixels"], examples["caption"][:], examples["coco_id"][:]
-    common.print_cost(clip, pixels, captions, (len(pixels) - len(done)) * args.steps)
-    run.require_space(2.2 * len(pixels) * pixels[0].nbytes)  # the PNGs, and the batches that the run stores
-    files = [common.image_file(name) for name in examples["name"]]
-    (run.dir / "images").mkdir(exist_ok=True)
-
-    attack, text_features = common.Attack(args.eps, args.alpha, args.steps, args.seed), clip.encode_text(captions)
-    loss, entries, healths, writing = partial(common.own_caption, text_features), [], [], []
-    precision, compared = common.accept_precision(attack, loss, pixels, clip)
-    options = {"run": run, "first": len(done), "keys": examples["checksum"][:], "precision": precision}
-
-    def score(here, written):
-        """Score the files of a slice, once they are written, into entries."""
-        saved, checksums = zip(*written)
-        both = pixels[here], np.stack(saved)
-        with common.tf32(args.split == "train"):  # no table shows these figures
-            cosines = [(clip.encode_pixels(x) * text_features[here]).sum(-1).tolist() for x in both]
-        linf = common.linf_grey_levels(*both).tolist()
-        keys = "file_name", "caption", "coco_id", "clean_similarity", "adversarial_similarity", "linf", "sha256"
-        columns = files[here], captions[here], ids[here], *cosines, linf, checksums
-        sources = examples["checksum"][here]
-        entries.extend(dict(zip((*keys, "source"), row)) for row in zip(*columns, sources))
-
-    with ThreadPoolExecutor(args.num_workers) as pool:
-        for here, pixels_adv, health in common.attack_images(attack, loss, pixels, clip, **options):
-            for slice_before, written in writing:  # while this one was attacked
-                score(slice_before, written)
-            paths = [run.dir / file for file in files[here]]
-            writing = [(here, pool.map(write_png, paths, pixels_adv.numpy()))]
-            healths.append(health)
-        for slice_before, written in writing:
-            score(slice_before, written)
-    entries, healths = (sum(shares, []) for shares in zip(*common.gather((entries, healths))))
-    entries = done + entries
-    health = common.sum_health([run.previous["attack"], *healths] if done else healths)
-    if not common.RANK:
-        common.save(run.dir / "metadata.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
-    clean, adversarial = (np.array([e[f"{kind}_similarity"] for e in entries]) for kind in ("clean", "adversarial"))
-    run.finish(
-        clip,
-        n=len(entries),
-        row_checksums=rows["checksum"][:],
-        clean_similarity=clean.mean(),
-        adversarial_similarity=adversarial.mean(),
-        share_lowered=(adversarial < clean).mean(),
-        attack=health,
-        attack_precision=compared,
-        images_per_s=(len(entries) - len(done)) / run.seconds(),
-    )
-    print(
-        f"{run.dir}: {len(entries)} images, similarity {clean.mean():.4f} -> {adversarial.mean():.4f}, lowered on "
-        f"{(adversarial < clean).mean():.1%}, largest change {health['max_abs_delta_grey_levels']}/255"
-    )
+def image_file(name):
+    """Return the file of an adversarial image; without COCO's val2014, which load_dataset would take for a split."""
+    return f"images/{name}.png"
 
 
-def earlier_entries(run, rows, args):
-    """Return the lines of metadata.jsonl of a complete run with fewer or more images; [] if there is none.
+def read_lines(folder):
+    """Return the lines of metadata.jsonl, and those that a killed run has stored: {file_name: line}."""
+    file = folder / "metadata.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    for part in sorted((folder / "parts").glob("*.pt")):
+        lines += common.load_tensors(part) or []
+    return {line["file_name"]: line for line in lines}
 
-    Exit if the images that both runs have are not the same.
+
+def read_folder(folder, images, eps):
+    """Return the lines of a folder, and the pixels of those of these images that it has: {index: uint8 (3, H, W)}.
+
+    Raise ValueError if one of the images is another image's, was altered, or lies outside the ball.
     """
-    if not run.previous:
-        return []
-    was, now = run.previous["row_checksums"], rows["checksum"][:]
-    both = min(len(was), len(now))
-    changes = "other images or captions" if was[:both] != now[:both] else ""
-    if len(was) < len(now) and run.changed:
-        changes = f"other code ({run.changed})"  # the further images would not be comparable
-    if changes:
-        common.fail(f"{run.dir} was made with {changes}. {common.overwrite_advice()}")
-    return common.read_entries(run.dir)[: run.previous["n"]]  # an extension that was killed may have written more
+    lines, found = read_lines(folder), {}
+    for i, name in enumerate(common.progress(images.names, "read", unit="image")):
+        file = image_file(name)  # a path from the metadata would not be safe to open
+        line = lines.get(file)
+        if line is None or not (folder / file).exists():
+            continue
+        if (line["source"], line["caption"]) != (images.checksums[i], images.captions[i][0]):
+            raise ValueError(f"it holds images of another data set, such as {file}: choose another --output_dir")
+        data, clean = (folder / file).read_bytes(), images.pixels[i]
+        if hashlib.sha256(data).hexdigest() != line["sha256"]:
+            raise ValueError(f"{file} was altered after it was made: restore it, or remove that folder")
+        pixels = common.to_array(common.read_image(data))
+        if pixels.shape != clean.shape or common.linf_grey_levels(pixels, clean) > common.grey_levels(eps):
+            raise ValueError(f"{file} is of another size than the image, or outside the ball around it")
+        found[i] = pixels
+    return lines, found
+
+
+def read_only(folder, args, clip, images):
+    """Return the adversarial images of a folder that --adversarial_dir names; exit if one is missing."""
+    with common.exit_on_error(f"--adversarial_dir {folder}"):
+        record = common.read_record(folder / "run.json")
+        if not record:
+            raise ValueError("it is no folder of generate_pgd_adversarial.py: leave the flag out to have one made")
+        wanted = {"script": Path(__file__).name, "split": args.split, "eps": args.eps, "model": clip.digest}
+        for key, value in wanted.items():
+            if record["identity"].get(key) != value:
+                raise ValueError(f"it has {common.difference(key, record['identity'].get(key), value)}")
+        _, found = read_folder(folder, images, args.eps)
+        if len(found) < len(images):
+            raise ValueError(f"it has {len(found)} of the {len(images)} images: leave the flag out to have them made")
+    return np.stack([found[i] for i in range(len(images))])
+
+
+def note_on(folder, record, args):
+    """Return a note on images of other code, or made with another seed, alpha or number of steps; else None."""
+    was = record["identity"]
+    changes = [flag for flag in ("alpha", "steps", "seed") if was[flag] != getattr(args, flag)]
+    notes = [f"{folder} was made with {common.difference(flag, was[flag], getattr(args, flag))}" for flag in changes]
+    return "; ".join(filter(None, [*notes, common.code_note(folder, __file__)])) or None
 
 
 if __name__ == "__main__":

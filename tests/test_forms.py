@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 def load(folder, name, *words):
     words = ["--preset", "tiny", "--model", f"local-dir:{folder / name}", "--cache_dir", str(folder / "cache"), *words]
-    args = common.parse_flags(common.make_parser(""), words, lambda _: "x", lambda _: "eval")
+    args = common.fill(common.make_parser("").parse_args(words), "x", "eval")
     return args, common.load_clip(args)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, metrics, refusal, shell
-from hub import Repo, serve_hub
+from hub import serve_hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -413,7 +413,7 @@ import common
 
 def describe(captions, *words, source=None):
     words = ["--preset", "tiny", *words]
-    args = common.parse_flags(common.make_parser(""), words, lambda _: "x", lambda _: "eval")
+    args = common.fill(common.make_parser("").parse_args(words), "x", "eval")
     clip = common.load_clip(args, source)
     images = torch.rand(2, 3, *clip.geometry["size"], generator=torch.Generator().manual_seed(0))
     features = {"images": clip.encode_image(images).tolist(), "texts": clip.encode_text(captions).tolist()}
@@ -422,7 +422,6 @@ def describe(captions, *words, source=None):
 clip, delta, captions, delta_captions = json.loads(sys.argv[1])
 found = {"model": describe(captions, "--model", clip), "row": describe(captions, source=clip)}
 found["delta"] = describe(delta_captions, "--model", delta)
-found["checksums"] = common.model_checksums(clip) | common.model_checksums(delta)
 print(json.dumps(found))
 """
 CLIP_NAME, DELTA_NAME = "org/clip", "zw123/delta_clip_h14_336"
@@ -501,12 +500,6 @@ def test_delta_clip_gives_the_features_of_stock_open_clip(from_hub):
     assert (geometry["size"], geometry["interpolation"], geometry["resize_mode"]) == ([48, 48], "bilinear", "squash")
 
 
-def test_models_of_the_hub_are_identified_by_their_commits(from_hub):
-    folders = {name: from_hub.repos[f"models/{name}"] for name in (CLIP_NAME, DELTA_NAME)}
-    commits = {f"hf-hub:{name}": Repo(folder).commit for name, folder in folders.items()}
-    assert from_hub.found["checksums"] == commits
-
-
 @pytest.mark.parametrize("missing", ["transformers", "the files"])
 def test_delta_clip_without_its_tokenizer_is_one_line(missing, tmp_path, capsys, monkeypatch):
     write_delta_clip(tmp_path)
@@ -555,28 +548,25 @@ def test_weights_from_a_file_get_the_preprocessing_of_the_architecture(name, tmp
     assert f"with {activation}" in printed
 
 
-# Checksums
-
-CHECKSUMMED = ["open_clip_config.json", "open_clip_model.safetensors", "config.json", "preprocessor_config.json"]
-CHECKSUMMED += ["processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+# The digest by which a model is known
 
 
-@pytest.mark.parametrize("name", CHECKSUMMED)
-def test_a_changed_file_of_a_local_model_changes_its_checksums(name, tmp_path):
-    for file in CHECKSUMMED:
-        (tmp_path / file).write_text("{}")
-    before = common.model_checksums(f"local-dir:{tmp_path}")
-    assert before == common.model_checksums(f"local-dir:{tmp_path}")
-    (tmp_path / name).write_text('{"changed": 1}')
-    after = common.model_checksums(f"local-dir:{tmp_path}")
-    assert [file for file in after if after[file] != before[file]] == [str(tmp_path / name)]
+def test_a_model_is_known_by_what_was_loaded_and_not_by_its_name(other, tmp_path):
+    config = json.loads((TINY / "clip" / "open_clip_config.json").read_text())
 
+    def digest_of(name, change=lambda config: None, scale=1):
+        folder, changed = tmp_path / name, json.loads(json.dumps(config))
+        folder.mkdir()
+        change(changed)
+        (folder / "open_clip_config.json").write_text(json.dumps(changed))
+        save_file({key: scale * value for key, value in other.state.items()}, folder / "open_clip_model.safetensors")
+        return load("--model", f"local-dir:{folder}").digest
 
-def test_weights_in_place_of_a_local_models_own_are_checksummed(tmp_path):
-    (tmp_path / "open_clip_config.json").write_text("{}")
-    file = tmp_path / "weights.pt"
-    file.write_text("one")
-    before = common.model_checksums(f"local-dir:{tmp_path}", str(file))
-    file.write_text("another")
-    after = common.model_checksums(f"local-dir:{tmp_path}", str(file))
-    assert [path for path in after if after[path] != before[path]] == [str(file)]
+    digests = [digest_of("one"), digest_of("weights", scale=1.001)]
+    digests.append(digest_of("activation", lambda config: config["model_cfg"].update(quick_gelu=False)))
+    digests.append(digest_of("pixels", lambda config: config["preprocess_cfg"].update(resize_mode="squash")))
+    case = {"tokenizer_kwargs": {"clean": "whitespace"}}  # which keeps capitals
+    digests.append(digest_of("tokenizer", lambda config: config["model_cfg"]["text_cfg"].update(case)))
+    assert len({*digests}) == 5 and digest_of("elsewhere") == digests[0]
+    torch.save({"state_dict": other.state}, tmp_path / "weights.pt")
+    assert load("--pretrained", tmp_path / "weights.pt").digest == digests[0]

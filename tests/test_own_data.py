@@ -6,7 +6,6 @@ import shutil
 import struct
 import warnings
 
-import pytest
 from conftest import TINY, jsonl, lines_of, metrics, shell
 from PIL import Image
 from test_pictures import caption_of, coco_captions, draw, own_pictures
@@ -14,6 +13,7 @@ from test_pictures import caption_of, coco_captions, draw, own_pictures
 
 def attack(tmp_path, source, *words, code=0):
     """Attack the images of a data set, into tmp_path/out: what is printed, or the lines with which it ends."""
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
     words = ["--split", "eval", f"--eval_data={source}", "--output_dir", tmp_path / "out", *words]
     words = ["--preset", "smoke", "--steps", 1, "--cache_dir", tmp_path / "cache", *words]
     out, err = shell("generate_pgd_adversarial.py", *words, code=code)
@@ -22,7 +22,7 @@ def attack(tmp_path, source, *words, code=0):
 
 def attacked(tmp_path, *given):
     """What the metadata says of these images once they are attacked, such as their similarities."""
-    attack(tmp_path, *given, "--overwrite")
+    attack(tmp_path, *given)
     return jsonl(tmp_path / "out" / "metadata.jsonl")
 
 
@@ -43,11 +43,10 @@ def test_a_home_folder_behind_an_equals_sign_is_own_pictures_of_which_all_are_us
     monkeypatch.setenv("HOME", str(tmp_path))
     for count in (17, 3):  # more and less than the preset's 16
         own_pictures(tmp_path / f"of {count}", count)
-        attack(tmp_path, f"~/of {count}", "--overwrite")
+        attack(tmp_path, f"~/of {count}")
         assert metrics(tmp_path / "out")["n"] == count
     (tmp_path / "of 3" / "metadata.csv").rename(tmp_path / "metadata.csv")
-    (line,) = attack(tmp_path, "~", "--image_root=eval=~/of 3", "--output_dir", tmp_path / "of 3", code=2)
-    assert f"{tmp_path}/of 3 is an input, too" in line
+    attack(tmp_path, "~", "--image_root=eval=~/of 3")
 
 
 def test_a_folder_of_images_may_have_the_name_of_a_split_or_an_equals_sign_in_it(tmp_path, monkeypatch):
@@ -55,11 +54,9 @@ def test_a_folder_of_images_may_have_the_name_of_a_split_or_an_equals_sign_in_it
     (own_pictures(tmp_path / "train", 3) / "metadata.csv").rename(tmp_path / "metadata.csv")
     attack(tmp_path, ".", "--image_root", "train")
     (tmp_path / "train").rename(tmp_path / "a=b")
-    attack(tmp_path, ".", "--image_root", "eval=a=b", "--overwrite")
-    (line,) = attack(tmp_path, ".", "--image_root", "a=b", "--output_dir", "a=b", code=2)
-    assert "a=b is an input, too" in line
-    (line,) = attack(tmp_path, ".", "--image_root", "a=b", "out", code=2)
-    assert "--image_root a=b out: give one folder" in line
+    attack(tmp_path, ".", "--image_root", "eval=a=b")
+    (line,) = attack(tmp_path, ".", "--image_root", "a=b", ".", code=2)
+    assert "--image_root a=b .: give one folder" in line
 
 
 # Captions
@@ -140,11 +137,7 @@ def test_missing_pictures_are_named_in_one_line_and_left_out_on_request(tmp_path
     assert "6 broken or missing images are left out" in attack(tmp_path, mine, "--skip_bad_images")
     captions = [entry["caption"] for entry in jsonl(tmp_path / "out" / "metadata.jsonl")]
     assert captions == [caption_of(number) for number in range(1, 12, 2)] and metrics(tmp_path / "out")["n"] == 6
-    draw(mine / "picture 2.png", 2)  # it is another data set now
-    (line,) = attack(tmp_path, mine, "--skip_bad_images", code=2)
-    assert "other images or captions" in line
     shutil.rmtree(mine / "inner")
-    (mine / "picture 2.png").unlink()
     (line,) = attack(tmp_path, mine, "--skip_bad_images", code=2)
     assert "12 of 12 images are missing; --image_root gives their folder: picture 0.png, inner/picture 1.png" in line
 
@@ -160,20 +153,18 @@ def test_a_caption_whose_id_two_images_have_is_not_given_to_either(tmp_path):
 
 
 def test_ids_of_own_data_in_cocos_form_are_no_leak_and_equal_pictures_are(tmp_path):
-    words = ["--preset", "smoke", "--steps", 1, "--max_steps", 1, "--cache_dir", tmp_path / "cache"]
-    words += ["--train_data", captions_file(tmp_path / "a", range(5)), "--output_dir", tmp_path / "mat", "--eval_data"]
+    words = ["--preset", "smoke", "--steps", 1, "--max_steps", 1, "--batch_size", 2, "--output_dir", tmp_path / "mat"]
+    words += ["--train_data", captions_file(tmp_path / "a", range(5)), "--eval_data"]
     shell("defend_clip_mat_v2.py", *words, captions_file(tmp_path / "b", range(5, 10)))
-    assert metrics(tmp_path / "mat")["train_ids"] == metrics(tmp_path / "mat")["val_ids"] == []
     for shared in (2, 4):  # trained on, and validated on
         held_out = captions_file(tmp_path / "b", [*range(5, 10), shared])
-        _, line = shell("defend_clip_mat_v2.py", *words, held_out, "--overwrite", code=2)
-        assert f"pictures/{shared}.png has the same pixels as evaluation image pictures/{shared}.png" in line
+        _, line = shell("defend_clip_mat_v2.py", *words, held_out, code=2)
+        assert f"leakage: 1 ids or contents of evaluation images are trained on: pictures/{shared}.png is " in line
 
 
-@pytest.mark.xfail(strict=True, raises=(AssertionError, SystemExit), reason="step 3")
 def test_a_table_of_pictures_that_a_model_was_trained_or_validated_on_is_refused(tmp_path):
     small = ["--preset", "smoke", "--steps", 1, "--cache_dir", tmp_path / "cache"]
-    words = ["--train_data", own_pictures(tmp_path / "mine", 12, "bmp"), "--max_steps", 1]
+    words = ["--train_data", own_pictures(tmp_path / "mine", 12, "bmp"), "--max_steps", 1, "--batch_size", 2]
     shell("defend_clip_mat_v2.py", *small, *words, "--output_dir", tmp_path / "mat")
     small += ["--attack_steps", 1, "--qualities", "--trainings", "--checkpoint", f"own=local-dir:{tmp_path}/mat"]
     for number in (2, 11):  # trained on, and validated on; as another file, with another caption
@@ -199,7 +190,7 @@ def test_large_photographs_and_panoramas_are_read_without_a_warning_and_absurd_o
     data = bytearray((mine / "picture 0.jpg").read_bytes())
     data[6:10] = struct.pack("<HH", 13_400, 13_400)  # pixels that it claims; Pillow's limit is 179 million
     (mine / "picture 0.jpg").write_bytes(data)
-    (line,) = attack(tmp_path, mine, "--overwrite", code=2)
+    (line,) = attack(tmp_path, mine, code=2)
     assert "broken image picture 0.jpg (13400 x 13400 pixels)" in line
 
 
@@ -209,7 +200,7 @@ def test_large_photographs_and_panoramas_are_read_without_a_warning_and_absurd_o
 def test_progress_in_a_log_file_is_lines_and_no_blanks(tmp_path, monkeypatch):
     clock = itertools.count(step=40)  # seconds: longer than the pauses between two lines
     monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
-    own_pictures(tmp_path / "mine", 4)
+    own_pictures(tmp_path / "mine", 5)  # four of them are trained on
     words = ["--preset", "smoke", "--train_data", tmp_path / "mine", "--output_dir", tmp_path / "mat"]
     words += ["--epochs", 1, "--batch_size", 2, "--cache_dir", tmp_path / "cache"]
     _, log = shell("defend_clip_mat_v2.py", *words)

@@ -62,9 +62,11 @@ def eval_flags(tmp_path, source, *words):
     return flags(tmp_path, "--split", "eval", "--eval_data", source, *words)
 
 
-def examples_of(args, split="eval"):
-    rows = common.load_rows(args, split)
-    return common.load_examples(args, split, rows, common.load_clip(args).geometry)
+GEOMETRY = {"size": (64, 64), "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
+
+
+def images_of(args, split="eval"):
+    return common.load_images(args, split, GEOMETRY)
 
 
 # Data
@@ -93,22 +95,20 @@ def local_copy(tmp_path, split, *, card=True, unpacked=False):
 def test_any_part_of_mmeb_is_read_as_the_whole_of_it(split, form, tmp_path):
     whole = flags(tmp_path, "--split", split, "--num_images", 10)
     part = flags(tmp_path, f"--{split}_data", local_copy(tmp_path, split, **form), "--num_images", 10)
-    rows, others = (common.load_rows(args, split) for args in (whole, part))
-    for column in ("path", "coco_id", "captions", "texts", "name"):
-        assert rows[column][:] == others[column][:]
-    if "unpacked" not in form:
-        assert rows["checksum"][:] == others["checksum"][:]
+    images, others = (images_of(args, split) for args in (whole, part))
+    for column in ("paths", "coco_ids", "captions", "candidates", "names", "checksums"):
+        assert getattr(images, column) == getattr(others, column)
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("csv", "png"), ("csv", "webp"), ("jsonl", "jpg")])
 def test_a_folder_of_own_pictures_is_used_whole_in_its_order(kind, suffix, tmp_path):
     args = eval_flags(tmp_path, own_pictures(tmp_path / "mine", 5, suffix, kind))
-    examples = examples_of(args)
-    assert args.num_images == 5 and examples["caption"][:] == [caption_of(number) for number in range(5)]
-    assert examples["captions"][0] == [caption_of(0)] + ["Another one."] * (kind == "jsonl")
-    assert examples["coco_id"][:] == [None] * 5 and examples["name"][3] == "000003"
-    assert len({pixels.tobytes() for pixels in examples[:]["pixels"]}) == 5
-    assert len(examples_of(eval_flags(tmp_path, tmp_path / "mine", "--num_images", 2))) == 2
+    images = images_of(args)
+    assert images.own_captions == [caption_of(number) for number in range(5)]
+    assert images.captions[0] == [caption_of(0)] + ["Another one."] * (kind == "jsonl")
+    assert images.coco_ids == [None] * 5 and images.names[3] == "000003"
+    assert len({pixels.tobytes() for pixels in images.pixels}) == 5
+    assert len(images_of(eval_flags(tmp_path, tmp_path / "mine", "--num_images", 2))) == 2
 
 
 def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
@@ -117,7 +117,7 @@ def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
     upright.rotate(90, expand=True).save(folder / "inner" / "picture 1.jpg", exif=exif, quality=95)
-    first, second = examples_of(eval_flags(tmp_path, folder))[:]["pixels"].astype(int)
+    first, second = images_of(eval_flags(tmp_path, folder)).pixels.astype(int)
     assert np.abs(first - second).mean() < 6 < np.abs(first - np.rot90(second, axes=(1, 2))).mean()
 
 
@@ -134,17 +134,17 @@ def coco_captions(folder, numbers=range(4)):
 
 def test_cocos_captions_give_five_captions_an_image_of_which_none_is_wrong(tmp_path):
     file = coco_captions(tmp_path / "coco")
-    examples = examples_of(eval_flags(tmp_path, file))
-    assert examples["coco_id"][:] == [1000, 1001, 1002, 1003] and examples["name"][0] == f"{1000:012d}"
-    assert examples["caption"][0] == "Caption 0 of 1000." and len(examples["captions"][0]) == 5
-    row = evaluate.Row("x", None, None, None, *evaluate.load_candidates("evaluation", examples))
-    assert len(row.captions) == 20 and [row.captions[i] for i in row.own] == examples["caption"][:]
-    for wrong, of_it in zip(row.wrong_captions(slice(None)).tolist(), examples["captions"]):
+    images = images_of(eval_flags(tmp_path, file))
+    assert images.coco_ids == [1000, 1001, 1002, 1003] and images.names[0] == f"{1000:012d}"
+    assert images.own_captions[0] == "Caption 0 of 1000." and len(images.captions[0]) == 5
+    row = evaluate.Row("x", None, None, None, *evaluate.load_candidates("evaluation", images))
+    assert len(row.captions) == 20 and [row.captions[i] for i in row.own] == images.own_captions
+    for wrong, of_it in zip(row.wrong_captions(slice(None)).tolist(), images.captions):
         assert [caption for caption, is_wrong in zip(row.captions, wrong) if not is_wrong] == of_it
     (tmp_path / "elsewhere").mkdir()
     (file.parent / "val2017").rename(tmp_path / "elsewhere" / "val2017")
-    args = eval_flags(tmp_path, file, "--image_root", f"train={tmp_path}/cache", f"eval={tmp_path}/elsewhere")
-    assert len(examples_of(args)) == 4
+    args = eval_flags(tmp_path, file, "--image_root", f"train={tmp_path}", f"eval={tmp_path}/elsewhere")
+    assert len(images_of(args)) == 4
 
 
 BROKEN = {
@@ -159,30 +159,28 @@ BROKEN = {
 def test_broken_own_data_is_one_line(said, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "metadata.jsonl").write_text(json.dumps(BROKEN[said]))
-    line = refusal(capsys, common.load_rows, eval_flags(tmp_path, tmp_path / "mine"), "eval")
+    line = refusal(capsys, images_of, eval_flags(tmp_path, tmp_path / "mine"))
     assert said in line and f"--eval_data {tmp_path}/mine" in line
 
 
 def test_own_pictures_are_trained_on_without_an_evaluation_set_and_checked_against_one(tmp_path, capsys):
     mine = own_pictures(tmp_path / "mine")
-    args = flags(tmp_path, "--train_data", mine, script=mat)
-    geometry = common.load_clip(args).geometry
-    training, validation = common.load_training_sets(args, common.load_training_rows(args), geometry)
+    args = flags(tmp_path, "--train_data", mine, "--batch_size", 1, script=mat)
+    training, validation = common.load_training_images(args, GEOMETRY)
     assert (len(training), len(validation), args.eval_data) == (11, 1, None)
     assert "not checked" in capsys.readouterr().out
     draw(tmp_path / "other" / "copy.png", 3)
     (tmp_path / "other" / "metadata.jsonl").write_text('{"file_name": "copy.png", "caption": "x"}')
-    coco = coco_captions(tmp_path / "coco")
     named = own_pictures(tmp_path / "named", 2)
     (named / "picture 0.png").rename(named / "COCO_val2014_000000001002.png")
-    (named / "metadata.csv").write_text("file_name,caption\nCOCO_val2014_000000001002.png,x\n")
-    for train, held_out, said in ((mine, tmp_path / "other", "same pixels"), (named, coco, "such as COCO id")):
-        words = ["--train_data", train, "--eval_data", held_out, "--val_images", 1, "--num_images"]
-        args = flags(tmp_path, *words, 11 if train == mine else 1, script=mat)
-        if train == named:
-            (named / "metadata.csv").open("a").write("inner/picture 1.png,y\n")
-        rows = common.load_training_rows(args)
-        assert said in refusal(capsys, common.load_training_sets, args, rows, geometry)
+    (named / "metadata.csv").write_text("file_name,caption\nCOCO_val2014_000000001002.png,x\ninner/picture 1.png,y\n")
+    for train, held_out, said in (
+        (mine, tmp_path / "other", "inner/picture 3.png is copy.png of --eval_data"),
+        (named, coco_captions(tmp_path / "coco"), "COCO_val2014_000000001002.png is 000000001002.jpg of --eval_data"),
+    ):
+        words = ["--train_data", train, "--eval_data", held_out, "--val_images", 1, "--batch_size", 1]
+        args = flags(tmp_path, *words, "--num_images", 11 if train == mine else 1, script=mat)
+        assert said in refusal(capsys, common.load_training_images, args, GEOMETRY)
 
 
 def test_own_pictures_from_one_command_to_a_table(tmp_path):
@@ -210,11 +208,10 @@ def test_captions_that_a_tokenizer_cuts_to_the_same_are_not_each_others_wrong_an
 # Radii
 
 
-def test_a_step_may_be_smaller_than_a_grey_level_and_commands_say_radii_as_they_are_typed(capsys):
+def test_a_step_may_be_smaller_than_a_grey_level_and_messages_say_radii_as_they_are_typed(capsys):
     args = generate.parse_args(["--eps", "2/255", "--alpha", "0.5/255"])
     assert (args.eps, args.alpha) == (2 / 255, 0.5 / 255)
-    words = common.command_of("generate_pgd_adversarial.py", args, "adversarial_train", "--split", "train")
-    assert "--eps 2/255 --alpha 0.5/255 " in " ".join(words)
+    assert common.difference("alpha", args.alpha, args.eps) == "--alpha 0.5/255, not 2/255"
     assert [common.radius_text(value) for value in (8 / 255, 0.031, 1 / 255)] == ["8/255", "0.031", "1/255"]
     assert "less than one grey level" in refusal(capsys, generate.parse_args, ["--eps", "0.5/255"])
 
@@ -250,21 +247,10 @@ def test_radii_are_curves_that_never_rise_and_attack_no_row_again(tmp_path, monk
     with Image.open(tmp_path / "out" / "radii.png") as image:
         assert image.width > 600
     assert "nothing to do" in run(*radii)
-    (tmp_path / "out" / "table.md").unlink()
     assert run("--qualities", "50", "30").count(": clean R@1") == 1
-    assert metrics(tmp_path / "out")["radii"] == record["radii"]  # no curve is lost
 
 
 # Machines and the user's own files
-
-
-def test_processes_that_do_not_come_are_one_line(monkeypatch, capsys):
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(common, "PROCESSES", 2)
-    monkeypatch.setattr(common, "MEETING_SECONDS", 1)
-    line = refusal(capsys, common.process_group().__enter__)
-    assert "WORLD_SIZE=2 and MASTER_ADDR are set" in line and "unset them" in line
 
 
 def test_the_users_logging_is_silenced_while_a_script_runs_alone(tmp_path):
@@ -282,21 +268,20 @@ def test_a_failed_call_leaves_no_lock(tmp_path, capsys):
 def test_files_of_the_users_are_neither_deleted_nor_overwritten(tmp_path, capsys):
     mine = own_pictures(tmp_path / "mine", 4, kind="jsonl")
     before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
-    for words, said in (([], "is an input, too"), (["--eval_data", TINY / "MMEB-eval"], "mine/metadata.jsonl")):
-        words = ["--split", "eval", "--eval_data", mine, "--num_images", 4, "--output_dir", mine, *words]
-        for overwrite in ([], ["--overwrite"]):
-            assert said in refusal(capsys, common.run_main, generate.main, flags(tmp_path, *words, *overwrite))
+    args = flags(tmp_path, "--split", "eval", "--eval_data", mine, "--num_images", 4, "--output_dir", mine)
+    line = refusal(capsys, common.run_main, generate.main, args)
+    assert f"{mine}: it holds metadata.jsonl and no run.json" in line and "choose another --output_dir" in line
     assert before == {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "metrics.json").write_text('{"accuracy": 1}')
-    args = flags(tmp_path, "--split", "eval", "--output_dir", tmp_path / "theirs", "--overwrite")
-    assert "theirs/metrics.json was not written" in refusal(capsys, common.run_main, generate.main, args)
-    words = ["generate_pgd_adversarial.py", *SMALL[:4], "--split", "eval", "--cache_dir", tmp_path / "cache"]
-    shell(*words, "--num_images", 5, "--output_dir", tmp_path / "made")
+    args = flags(tmp_path, "--split", "eval", "--output_dir", tmp_path / "theirs")
+    assert "theirs: it holds metrics.json and no run.json" in refusal(capsys, common.run_main, generate.main, args)
+    words = ["generate_pgd_adversarial.py", *SMALL[:4], "--split", "eval", "--output_dir", tmp_path / "made"]
+    shell(*words, "--num_images", 3)
     draw(tmp_path / "made" / "images" / "000000000007.png", 7)
-    shell(*words, "--num_images", 3, "--output_dir", tmp_path / "made", "--overwrite")
+    shell(*words, "--num_images", 5)
     assert (tmp_path / "made" / "images" / "000000000007.png").exists()
-    assert len(jsonl(tmp_path / "made" / "metadata.jsonl")) == 3
+    assert len(jsonl(tmp_path / "made" / "metadata.jsonl")) == 5
 
 
 def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
@@ -313,21 +298,10 @@ def test_an_unreadable_file_is_one_line(tmp_path, capsys, monkeypatch):
         raise PermissionError(13, "Permission denied", "metadata.csv")
 
     monkeypatch.setattr("builtins.open", denied)
-    assert "Permission denied: 'metadata.csv'" in refusal(capsys, common.load_rows, eval_flags(tmp_path, mine), "eval")
+    assert "Permission denied: 'metadata.csv'" in refusal(capsys, images_of, eval_flags(tmp_path, mine))
 
 
 def test_batchnorm_keeps_its_statistics_in_a_training():
     visual = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Dropout())
     common.Trainer.train_mode(SimpleNamespace(visual=visual))
     assert [module.training for module in visual] == [True, False, True]
-
-
-def test_the_work_is_estimated_from_the_least_of_several_timings(monkeypatch, capsys):
-    ticks = [0]
-    for seconds in (0.09, 0.01, 0.05):
-        ticks += [ticks[-1], ticks[-1], ticks[-1] + seconds]
-    clock = iter([*ticks, 2])  # too late for another one
-    monkeypatch.setattr(common, "pixel_gradient", lambda *_: [0])
-    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    common.print_cost(SimpleNamespace(device=torch.device("cpu")), None, None, 6000)
-    assert "about 60 s on" in capsys.readouterr().out

@@ -8,7 +8,7 @@ Pieces, in this order; one that fails is printed and the next one runs; none beg
     rates       image-steps a second of the attack and milliseconds of a training step, of this checkout and of
                 --before, each twice, in turn
     compilers   one attack step: as it is, torch.compile of the block, a CUDA graph of the step
-    precision   bf16 against fp32 by outcome, on the tiny CLIP and on a model trained adversarially here
+    precision   cosines after an attack in fp32, TF32 and bf16, of the tiny CLIP and of a model trained here
     tests       tests/test_cuda.py: agreement with the CPU, resuming, memory
     table       evaluate.py --reproduce with the flags that follow --table, its seconds and its table
 """
@@ -72,7 +72,7 @@ def rates_of(clip, batch, small):
     """Return {what: rate} of the checkout that this process imports."""
     images, steps = torch.rand(batch, 3, 224, 224, device=clip.device), 2 if small else 10
     text_features = clip.encode_text([f"caption {i}" for i in range(batch)])
-    encode = (clip.attack_encoder if hasattr(clip, "attack_encoder") else clip.frozen)()
+    encode = clip.attack_encoder()
     attack = common.Attack(8 / 255, 2 / 255, steps)
     visual, scale = clip.model.visual, clip.model.logit_scale.detach().exp()
     optimizer = torch.optim.AdamW(visual.parameters(), lr=1e-6, fused=True)
@@ -139,15 +139,15 @@ def precision(args):
     words = ["--preset", "smoke" if args.small else "tiny"]
     command = [sys.executable, ROOT / "defend_clip_pgd_v2.py", *words, "--online_steps", "2"]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    flags = evaluate.parse_args([*words, "--precision", "bf16"])
-    flags.precision, found = "bf16", {}
-    for name, source in (("original", None), ("features, online", f"local-dir:{ROOT}/runs/{words[1]}/online")):
+    flags, found = evaluate.parse_args(words), {}
+    for name, source in (("original", None), ("FARE, online", f"local-dir:{ROOT}/runs/{words[1]}/online")):
         clip = common.load_clip(flags, source)
-        clip.precision = "auto"  # goes on where it is refused
-        examples = common.load_examples(flags, "eval", common.load_rows(flags, "eval"), clip.geometry)
-        loss = partial(common.own_caption, clip.encode_text(examples["caption"][:]))
-        attack = common.white_box(flags.eps, flags.attack_steps)
-        found[name] = common.accept_precision(attack, loss, examples[:]["pixels"], clip)[1]
+        images = common.load_images(flags, "eval", clip.geometry)
+        text_features = clip.encode_text(images.own_captions)
+        attack, loss = common.white_box(flags.eps, flags.attack_steps), partial(common.own_caption, text_features)
+        for kind in ("fp32", "tf32", "bf16"):
+            pixels_adv, _ = common.attack_all(attack, loss, images.pixels, clip, precision=kind)
+            found[f"{name}, {kind}"] = clip.similarity(pixels_adv, text_features).mean().item()
     return found
 
 

@@ -49,7 +49,7 @@ class Row(NamedTuple):
 def make_clip(arch, device, small):
     arch = "ViT-B-32-quickgelu" if small else arch
     words = ["--model", arch, "--pretrained", "random", "--device", device, "--precision", "fp32"]
-    clip = common.load_clip(common.parse_flags(common.make_parser(""), words, lambda _: "speed", lambda _: "eval"))
+    clip = common.load_clip(common.fill(common.make_parser("").parse_args(words), "speed", "eval"))
     for transformer in (clip.model.visual.transformer, clip.model.transformer):
         transformer.resblocks = transformer.resblocks[: 2 if small else None]
     return clip
@@ -111,8 +111,7 @@ def make_peer(name, module, images, steps):
 
 
 def make_ours(clip, bf16, images, text_features, steps, wrap=lambda encode_image: encode_image):
-    clip.bf16 = bf16
-    encode_image = wrap(clip.attack_encoder())
+    encode_image = wrap(clip.attack_encoder("bf16" if bf16 else "fp32"))
     attack = common.Attack(EPS, ALPHA, steps)
     return lambda: common.pgd(lambda x: -(encode_image(x) * text_features).sum(-1), images, attack)[0]
 
@@ -147,7 +146,7 @@ def make_training(clip, images, twins):
     ours_optimizer = torch.optim.AdamW(visual.parameters(), lr=1e-6, fused=True)
 
     def ours():  # the step of both trainings
-        clip.bf16 = True
+        clip.precision = "bf16"
         model.requires_grad_(False)
         visual.requires_grad_(True)
         halves = clip.encode_image(torch.cat([images, twins])).chunk(2)

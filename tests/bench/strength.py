@@ -3,12 +3,11 @@
     python evaluate.py --reproduce --preset tiny --seeds 3
     python tests/bench/strength.py --preset tiny --seeds 3
 
-Ours is evaluate.py's: the cosine attack with the steps that its convergence check chooses, and from its result the
-margin attack where the own caption still comes first. Theirs has 100 steps under each loss, on all images, from random
-starts of its own. Both attack the whole defence, JPEG through the differentiable codec, and are scored alike: rounded
-to 8 bits inside the ball, on real JPEG bytes; of both losses' images the worse counts. Takes evaluate.py's flags; the
-rows are those that it would have. The comparison is paired, image by image: ours is weaker where the mean difference
-is above 0.005. The brackets are its 95 % interval.
+Ours is evaluate.py's: the cosine attack, and from its result the margin attack where the own caption still comes first.
+Theirs has 100 steps under each loss, on all images, from random starts of its own. Both attack the whole defence, JPEG
+through the differentiable codec, and are scored alike: rounded to 8 bits inside the ball, on real JPEG bytes; of both
+losses' images the worse counts. Takes evaluate.py's flags; the rows are those that it would have. The comparison is
+paired, image by image: ours is weaker where the mean difference is above 0.005. The brackets are its 95 % interval.
 """
 
 import sys
@@ -71,19 +70,12 @@ def worst(row, found, seed):
 
 
 def main(args):
-    clip = common.load_clip(args)
-    folder, rows = common.adversarial_folder(args, "eval"), common.load_rows(args, "eval", args.num_images)
-    examples = common.load_examples(args, "eval", rows, clip.geometry)
-    transfer, weaker, lines = common.load_adversarial(folder, examples, args), 0, 0
-    candidates = evaluate.load_candidates("evaluation", examples)
-    original = evaluate.Row("original", clip, examples[:]["pixels"], transfer, *candidates)
-    print(f"n = {len(examples)}, ours {args.attack_steps} steps, torchattacks' APGD {THEIR_STEPS}")
+    data, weaker, lines = evaluate.load_evaluation(args), 0, 0
+    print(f"n = {len(data.images)}, ours {args.attack_steps} steps, torchattacks' APGD {THEIR_STEPS}")
     print(f"{'':34}{'ours':>8}{'theirs':>9}   difference, paired")
     for name, spec in evaluate.list_rows(args).items():
-        row = evaluate.load_row(args, name, spec, original, examples)
-        attack = common.white_box(args.eps, args.attack_steps, through_jpeg=bool(row.qualities))
-        attack, _, done = evaluate.choose_steps(row, attack, args.seed)
-        found, _ = evaluate.attack_both(attack, row, args.seed, done=done)
+        row = evaluate.load_row(args, name, spec, data)
+        found, _ = evaluate.attack_both(evaluate.row_attack(args, spec), row, args.seed)
         theirs = [attack_with_torchattacks(loss, row, args) for loss in ("ce", "dlr")]
         ours, theirs = (worst(row, pixels, args.seed) for pixels in (found, theirs))
         for key in ours:
