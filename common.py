@@ -155,7 +155,8 @@ def make_parser(doc, batch_size=64):
     precision = "of gradients; scores are always fp32. auto, on a GPU: bf16 for trainings and their images, else TF32"
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
     flag = parser.add_argument_group("data").add_argument
-    own = "a folder with metadata.jsonl or metadata.csv (file_name, caption), or COCO's captions_*.json"
+    own = "a folder with metadata.jsonl or metadata.csv (file_name, caption), COCO's captions_*.json, or Karpathy's"
+    own += " dataset_*.json"
     flag("--train_data", help=f"training set: MMEB's hub id or a local copy of it; {own}")
     flag("--eval_data", help="evaluation set, in the same forms")
     flag("--image_root", nargs="+", metavar="DIR", help="folder of the images; train=DIR or eval=DIR: of one split")
@@ -1317,7 +1318,7 @@ def take(rows, indices):
 
 
 def is_own(source):
-    """Return whether a data set is not MMEB: a folder in the ImageFolder format, or COCO's captions_*.json."""
+    """Return whether a data set is not MMEB: a folder in the ImageFolder format, or a file of captions."""
     return source.endswith(".json") or any(os.path.isfile(os.path.join(source, name)) for name in METADATA)
 
 
@@ -1431,7 +1432,7 @@ def read_rows(args, split):
     source = getattr(args, f"{split}_data")
     with exit_on_error(f"--{split}_data {source}"):
         if source.endswith(".json"):
-            rows = read_coco(source)
+            rows = read_captions(source, split)
         elif is_own(source):
             rows = read_imagefolder(source)
         else:
@@ -1514,9 +1515,15 @@ def coco_id_of(path):
     return int(match[1]) if match else None
 
 
-def read_coco(file):
-    """Read the rows of COCO's captions_*.json, in the order of its images; its ids count for nothing else."""
+def read_captions(file, split):
+    """Read the rows of COCO's captions_*.json, or of one split of Karpathy's dataset_*.json, in the order of images."""
     data = json.loads(Path(file).read_text(encoding="utf-8"))
+    captions = captions_by_path(data) if "annotations" in data else karpathy_captions(data, split)
+    return [(repr(path[:99]), path, coco_id_of(path), texts, texts) for path, texts in captions.items() if texts]
+
+
+def captions_by_path(data):
+    """Return {path: [caption]} of COCO's captions_*.json, whose ids count for nothing else."""
     paths = {}
     for image in data["images"]:
         path = os.path.normpath(image["file_name"])
@@ -1526,7 +1533,15 @@ def read_coco(file):
     for annotation in data["annotations"]:
         if path := paths.get(str(annotation["image_id"])):
             captions[path].append(annotation["caption"])
-    return [(repr(path[:99]), path, coco_id_of(path), texts, texts) for path, texts in captions.items() if texts]
+    return captions
+
+
+def karpathy_captions(data, split):
+    """Return {path: [caption]} of Karpathy's split files of Flickr30k and COCO: of the test split, or of training."""
+    wanted = {"train": ("train", "restval"), "eval": ("test",)}[split]
+    images = [image for image in data["images"] if image["split"] in wanted]
+    paths = [os.path.normpath(os.path.join(image.get("filepath", ""), image["filename"])) for image in images]
+    return {path: [sentence["raw"] for sentence in image["sentences"]] for path, image in zip(paths, images)}
 
 
 def to_geometry(geometry):

@@ -253,12 +253,11 @@ class Row:
         wrong = ~none.scatter(1, self.equal[self.right[index]], True)[:, self.equal]
         return wrong if self.candidates is None else wrong & none.scatter(1, self.candidates[index], True)
 
-    def wrong_images(self, index):
-        """Return which images are wrong answers for the own captions of some: (B, N) bool."""
-        own, right = self.equal[self.own[index]], self.equal[self.right]
-        wrong = torch.ones(len(own), len(right), dtype=torch.bool)
-        for captions in right.T:
-            wrong &= own[:, None] != captions
+    def wrong_images(self, captions):
+        """Return which images are wrong answers for captions, given by their indices (B,): (B, N) bool."""
+        wrong = torch.ones(len(captions), len(self.right), dtype=torch.bool)
+        for own in self.equal[self.right].T:
+            wrong &= self.equal[captions][:, None] != own
         return wrong
 
     def part(self, index):
@@ -382,7 +381,12 @@ def encode_row(row, pixels, seed):
 
 
 def score(row, pixels, seed, gallery=None):
-    """Score every image against every caption: similarity, margin over the hardest other caption, ranks from 0; (N,).
+    """Score every image against every caption, each as the worst case of its row's convention, (N,) unless said:
+
+    similarity   cosine with the attacked caption, the first of the image's own
+    margin       the lead of the best own caption over the hardest other one
+    rank_i2t     of the best own caption, from 0; equal cosines count against the model
+    rank_t2i     of the image for each of its own captions (N, R); -1 where it has fewer than R
 
     gallery   features of other images (N, D), among which each of these is looked for, text to image; by default they
               are looked for among each other
@@ -393,20 +397,28 @@ def score(row, pixels, seed, gallery=None):
     gallery, parts = features if gallery is None else gallery, []
     for start in range(0, len(features), RANKED_AT_ONCE):
         here = slice(start, start + RANKED_AT_ONCE)
-        own = row.own[here, None].to(features.device)
+        right = row.right[here].to(features.device)
         cosines = features[here] @ text_features.T  # (B, M)
-        similarity = cosines.gather(1, own)  # (B, 1)
+        own = cosines.gather(1, right)  # (B, R)
+        best = own.amax(1, keepdim=True)
         others = cosines.masked_fill(~row.wrong_captions(here).to(own.device), -torch.inf)
-        images = text_features[own[:, 0]] @ gallery.T  # (B, N)
-        other_images = images.masked_fill(~row.wrong_images(here).to(own.device), -torch.inf)
         part = {
-            "similarity": similarity[:, 0],
-            "margin": similarity[:, 0] - others.amax(1),
-            "rank_i2t": (others >= similarity).sum(1),  # ties count against the model
-            "rank_t2i": (other_images >= similarity).sum(1),
+            "similarity": own[:, 0],
+            "margin": best[:, 0] - others.amax(1),
+            "rank_i2t": (others >= best).sum(1),
+            "rank_t2i": torch.stack([rank_images(row, *column, gallery) for column in zip(right.T, own.T)], 1),
         }
+        repeated = (right == right[:, :1]) & (torch.arange(right.shape[1], device=right.device) > 0)
+        part["rank_t2i"] = part["rank_t2i"].masked_fill(repeated, -1)
         parts.append({key: values.cpu().numpy() for key, values in part.items()})
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def rank_images(row, captions, cosines, gallery):
+    """Return for each caption how many images of a gallery beat its own one, whose cosine is given: (B,)."""
+    images = row.clip.encode_text(row.captions)[captions] @ gallery.T  # (B, N)
+    wrong = row.wrong_images(captions.cpu()).to(images.device)
+    return (images.masked_fill(~wrong, -torch.inf) >= cosines[:, None]).sum(1)
 
 
 def row_loss(attack, row):
@@ -419,12 +431,11 @@ def row_loss(attack, row):
         defended = row.defended_encoder(encode_image, attack.seed or 0, differentiable_jpeg, here, ATTACK_DRAWS)
         if attack.loss == "cosine":
             return common.own_caption(text_features[own[:, 0]], defended, here)
-        wrong = row.wrong_captions(here).to(row.clip.device)  # (B, M)
+        wrong, right = row.wrong_captions(here).to(row.clip.device), row.right[here].to(row.clip.device)
 
-        def margin(images):  # the lead of the hardest other caption over the own one
+        def margin(images):  # the lead of the hardest other caption over the best own one
             cosines = defended(images) @ text_features.T  # (B, M)
-            others = cosines.masked_fill(~wrong, -torch.inf)
-            return others.amax(1) - cosines.gather(1, own[here])[:, 0]
+            return cosines.masked_fill(~wrong, -torch.inf).amax(1) - cosines.gather(1, right).amax(1)
 
         return margin
 
@@ -438,19 +449,33 @@ def attack_row(attack, row, run=None):
 
 
 def attack_both(attack, row, seed, run=None):
-    """Attack a row's cosine, and from there the margin of images whose own caption is still first.
+    """Attack a row's cosine, then the margin of images whose own caption is still first.
 
-    returns   [pixels_adv of each], [what went wrong in each, as pgd() says]; one of each where no own caption is
-              first any more
+    returns   [pixels_adv of each attack], [what went wrong in each, as pgd() says]
     """
     lowest, wrong = attack_row(attack, row, run)
-    ranks = common.gather(score(row, lowest, seed)["rank_i2t"])[0]  # rank 0's floats decide for all
-    first, narrowest = np.flatnonzero(ranks == 0), lowest.clone()
-    if not len(first):
-        return [lowest], [wrong]
-    from_lowest = replace(row.part(first), transfer=lowest[first].numpy())
-    narrowest[first], wrong_margin = attack_row(replace(attack, loss="margin", seed=None), from_lowest, run)
-    return [lowest, narrowest], [wrong, wrong_margin]
+    found, wrong_margin = attack_margin(attack, row, lowest, seed, run)
+    return [lowest, *found], [wrong, *wrong_margin]
+
+
+def attack_margin(attack, row, lowest, seed, run=None):
+    """Attack the margin of images whose own caption is first in lowest: from there, then from the transferred images.
+
+    returns   as attack_both(); none where no own caption is first any more
+    """
+    found, wrong, pixels = [], [], lowest
+    for start in (lowest.numpy(), row.transfer):
+        ranks = common.gather(score(row, pixels, seed)["rank_i2t"])[0]  # rank 0's floats decide for all
+        first = np.flatnonzero(ranks == 0)
+        if not len(first):
+            break
+        part = replace(row.part(first), transfer=start[first])
+        margin, problems = attack_row(replace(attack, loss="margin", seed=None), part, run)
+        pixels = pixels.clone()
+        pixels[first] = margin
+        found.append(pixels)
+        wrong.append(problems)
+    return found, wrong
 
 
 def under_attack(row, attack, seed, run=None, gallery=None):
@@ -479,6 +504,7 @@ class Measured:
 
     conditions: dict  # {clean, transfer, white_box: {measure: (N,)}}
     fall: float  # of the mean cosine of some images with twice the steps
+    recall_fall: tuple  # (how many of some images that kept their caption lose it with twice the steps, of how many)
     health: dict  # {what went wrong in the attacks: how often}
     lowest: torch.Tensor  # uint8 (N, 3, H, W), of each image the attacked one of the lowest cosine
     ranks: list  # of the own caption, for lowest
@@ -503,6 +529,7 @@ def measure(row, attack, starts, seed, run=None):
     cosines = [score(few, pixels, seed)["similarity"].mean() for pixels in (sets[1][:CONVERGENCE_IMAGES], longer)]
 
     scored = [score(row, pixels, seed, gallery) for pixels in sets]
+    recall_fall = check_survivors(row, attack, worst_of(scored)["rank_i2t"], sets[1], seed, run)
     cosine, rank = (np.stack([values[key] for values in scored]) for key in ("similarity", "rank_i2t"))  # (sets, N)
     by_cosine, by_rank, images, outranked = cosine.argmin(0), rank.argmax(0), torch.stack(sets), {}
     for i, (first, last) in enumerate(zip(by_cosine, by_rank)):  # indices of the sets: lowest cosine, worst rank
@@ -515,7 +542,19 @@ def measure(row, attack, starts, seed, run=None):
     conditions = {"clean": clean, "transfer": transfer, "white_box": worst_of(scored)}
     ranks = rank[by_cosine, every_image].tolist()
     chance = (1 / count_candidates(row)).mean().item()
-    return Measured(conditions, float(cosines[0] - cosines[1]), health, lowest, ranks, outranked, chance)
+    fall = float(cosines[0] - cosines[1])
+    return Measured(conditions, fall, recall_fall, health, lowest, ranks, outranked, chance)
+
+
+def check_survivors(row, attack, ranks, lowest, seed, run=None):
+    """Attack some images that kept their own caption with twice the steps: how many lose it, of how many."""
+    survivors = np.flatnonzero(common.gather(ranks)[0] == 0)[:CONVERGENCE_IMAGES]
+    if not len(survivors):
+        return 0, 0
+    part = row.part(survivors)
+    found, _ = attack_margin(replace(attack, steps=2 * attack.steps), part, lowest[survivors], seed, run)
+    kept = worst_of([score(part, pixels, seed) for pixels in found])["rank_i2t"] == 0
+    return int((~kept).sum()), len(survivors)
 
 
 def save_white_box(folder, measured, images):
@@ -593,11 +632,12 @@ def summarise(per_seed, seed, original=None):
         aside = "" if name == "clean" else "_not_attacked"  # the attacks aim at similarity and @1 alone
         summary[f"{name}_margin{aside}"] = float(mean(name, lambda values: values["margin"]).mean())
         for direction in ("i2t", "t2i"):
-            first = mean(name, lambda values, rank=f"rank_{direction}": values[rank] < 1)
-            summary[f"{name}_recall_{direction}@1"] = float(first.mean())
-            summary[f"{name}_recall_{direction}@1_interval"] = wilson(float(first.sum()), len(first))
-            fifth = mean(name, lambda values, rank=f"rank_{direction}": values[rank] < 5)
-            summary[f"{name}_recall_{direction}@5{aside}"] = float(fifth.mean())
+            ranks = np.array([conditions[name][f"rank_{direction}"] for conditions in per_seed])  # (seeds, N[, R])
+            for k, rest in ((1, ""), (5, aside)):
+                recall = float(((ranks >= 0) & (ranks < k)).sum() / (ranks >= 0).sum())  # over all captions
+                summary[f"{name}_recall_{direction}@{k}{rest}"] = recall
+            once = summary[f"{name}_recall_{direction}@1"]
+            summary[f"{name}_recall_{direction}@1_interval"] = wilson(once * len(similarity), len(similarity))
         if name == "clean":
             continue
         rates = [success_rate(conditions["clean"], conditions[name]) for conditions in per_seed]
@@ -605,12 +645,12 @@ def summarise(per_seed, seed, original=None):
         clean, adversarial = summary["clean_similarity"], summary[f"{name}_similarity"]
         # above 1 when the similarity turns negative
         summary[f"{name}_drop"] = (clean - adversarial) / clean if clean else None
-        if original:
+        if original and name == "transfer":
             before = [original[kind]["similarity"] for kind in ("clean", name)]
             means = (float(values.mean()) for values in before)
-            summary[f"improvement_{name}"] = improvement(clean, adversarial, *means)
+            summary["improvement"] = improvement(clean, adversarial, *means)
             lost = mean("clean", lambda values: values["similarity"]) - similarity
-            summary[f"improvement_{name}_interval"] = improvement_interval(lost, before[0] - before[1], seed)
+            summary["improvement_interval"] = improvement_interval(lost, before[0] - before[1], seed)
     return summary
 
 
@@ -627,6 +667,8 @@ def summarise_rows(record, specs, seed):
     above_chance    whether its clean R@1 is above that of a random ranking; else it has no improvement
     not_converged   whether more steps lower its white-box cosine by more than TOLERANCE, with any seed
     fall            the largest such fall
+    recall_fall     how many of some images that kept their caption lose it with twice the steps, of how many; the most
+    recall_not_converged   whether more than one does, with any seed
     """
     names = {}
     for name, spec in specs.items():
@@ -646,6 +688,9 @@ def summarise_rows(record, specs, seed):
         checks = [check for name in members for check in record["sanity"].get(name, {}).get("checks", [])]
         unfinished = any(result == NOT_CONVERGED for _, result, _ in checks)
         rows[row] |= {"fall": fall, "not_converged": fall > TOLERANCE or unfinished}
+        fallen = [record["recall_fall"][name] for name in members]
+        rows[row]["recall_fall"] = max(fallen)
+        rows[row]["recall_not_converged"] = max(count for count, _ in fallen) > 1
         seconds = [specs[name].seconds for name in members]
         rows[row]["training_seconds"] = None if None in seconds else float(np.mean(seconds))
         rows[row]["note"] = "; ".join(dict.fromkeys(note for name in members for note in record["notes"][name])) or None
@@ -812,6 +857,10 @@ def notes_on(record, marks, shown=str):
     if falls:
         what = "<= marks an attack that has not converged: more steps lower the mean cosine of some images further"
         notes.append(f"{shown(what)}: {'; '.join(falls)}.")
+    checked = {name: row["recall_fall"] for name, row in record["rows"].items() if row["recall_fall"][1]}
+    if checked:
+        counts = "; ".join(f"{shown(name)} {fallen} of {count}" for name, (fallen, count) in checked.items())
+        notes.append(f"Images that kept their caption and lose it with twice the steps: {counts}.")
     if any(row["training_seconds"] is not None and not row["per_seed"] for row in record["rows"].values()):
         notes.append("Each trained row is of one seed, which is one draw: --reproduce --seeds 3 trains it three times.")
     notes += [shown(f"{mark}: {text}") for mark, text in MARKS.items() if mark in "".join(marks.values())]
@@ -831,35 +880,35 @@ def console_table(record):
     lines = [
         *setting(record),
         "",
-        f"{'':20}{'similarity':^25}{'improvement':^17}{'R@1 i2t':^13}{'train':>5}",
-        f"{'':20}{'clean':>7}{'transfer':>9}{'w-box':>9}{'transf.':>8}{'w-box':>9}{'clean':>6}{'w-box':>6}{'time':>6}",
+        f"{'':20}{'clean':^13}{'transfer':^14}{'white-box':^16}{'improve-':>9}{'train':>7}",
+        f"{'':20}{'cosine':>7}{'R@1':>6}{'cosine':>8}{'R@1':>6}{'cosine':>9}{'R@1':>7}{'ment':>8}{'time':>8}",
     ]
 
-    def figures(values, bound=""):
+    def figures(row, values):
         """Cells of a line; values: (row's key) -> number or None."""
-        cells = [f"{values('clean_similarity'):7.3f}{values('transfer_similarity'):9.3f}"]
-        cells.append(f"{bound + format(values('white_box_similarity'), '.3f'):>9}")
-        gains = values("improvement_transfer"), values("improvement_white_box")
-        cells.append(f"{percent(gains[0]):>8}{(bound if gains[1] is not None else '') + percent(gains[1]):>9}")
-        cells.append(f"{values('clean_recall_i2t@1'):6.2f}{values('white_box_recall_i2t@1'):6.2f}")
-        return "".join(cells)
+        bounds = "<=" if row["not_converged"] else "", "<=" if row["recall_not_converged"] else ""
+        cells = []
+        for kind, widths in (("clean", (7, 6)), ("transfer", (8, 6)), ("white_box", (9, 7))):
+            texts = f"{values(f'{kind}_similarity'):.3f}", f"{values(f'{kind}_recall_i2t@1'):.0%}"
+            texts = [bound * (kind == "white_box") + text for bound, text in zip(bounds, texts)]
+            cells += [text.rjust(width) for text, width in zip(texts, widths)]
+        return "".join(cells) + f"{percent(values('improvement')):>8}"
 
     for name, row in record["rows"].items():
-        bound = "<=" if row["not_converged"] else ""
         title = name + marks[name]
         if len(title) > 20:  # a line of its own
             lines.append(title)
             title = ""
-        lines.append(f"{title:20}{figures(row.get, bound)}{short_duration(row['training_seconds']):>6}")
+        lines.append(f"{title:20}{figures(row, row.get)}{duration(row['training_seconds']):>8}")
         if row["per_seed"]:
             count = len(row["per_seed"])
             for which, word in enumerate(("lowest", "highest")):
-                values = figures(lambda key, row=row, which=which: (range_of(row, key))[which], bound)
+                values = figures(row, lambda key, row=row, which=which: range_of(row, key)[which])
                 lines.append(f"{f'  {word} of {count} seeds':20}{values}")
         if name in report:
             clean, adversarial, gain = report[name]
             title = f"  report{': ' + REPORT_NAMES[name] if name in REPORT_NAMES else ''}"
-            lines.append(f"{title[:20]:20}{clean:7.3f}{adversarial:9.3f}{'':9}{percent(gain):>8}")
+            lines.append(f"{title[:20]:20}{clean:7.3f}{'':6}{adversarial:8.3f}{'':22}{percent(gain):>8}")
         elif name in REPORT_NAMES:
             lines.append(f"  (the report's {REPORT_NAMES[name]})")
     if record["radii"]:
@@ -872,20 +921,16 @@ def console_table(record):
     return "\n".join(lines)
 
 
-def short_duration(seconds):
-    """Return a time in at most five characters."""
-    return duration(seconds).replace(" min", "m").replace(" h", "h").replace(" s", "s")
-
-
 NOTES = """\
 In brackets 95 % intervals over the images, by bootstrap, of shares by Wilson's formula; of several seeds those of each
 image's mean, and in parentheses the lowest and highest seed. transfer: attacked once on the original model. white-box:
 the worst for each image of the transferred one and of momentum PGD on the defence itself, under the cosine loss and,
-where the own caption still comes first, under the margin loss; for JPEG through a differentiable codec. improvement:
-the share of the original model's drop that the defence takes away. R@1: image to text / text to image, where one
-attacked image stands among clean ones; equal captions are right, too. success: own caption no longer first, of the
-images whose own caption was first when clean. training: wall time of one, offline images included. A model of another
-input size is attacked in its own pixels; the transferred images reach it as files do, through its own preprocessing."""
+where an own caption still comes first, under the margin loss; for JPEG through a differentiable codec. R@1: an own
+caption comes first. improvement: the share of the original model's drop of the cosine that the defence takes away,
+under transfer. success: no own caption first, of the images that had one first when clean. Text to image: over all
+captions, one attacked image among clean ones; not comparable with an attack on the whole gallery. Equal captions are
+never wrong. training: wall time of one, offline images included. A model of another input size is attacked in its own
+pixels; the transferred images reach it as files do, through its own preprocessing."""
 
 
 def radius_curves(record):
@@ -916,46 +961,51 @@ def markdown(text):
     return re.sub(r"[\\`*<>\[\]|~$&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
 
 
+def markdown_lines(lines):
+    """Return a table in Markdown of lists of cells, the header first; short lines are filled up."""
+    header, *rows = lines
+    rows = [[*row, *[""] * (len(header) - len(row))] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
 def markdown_table(record):
     """Return the text of table.md; where they are comparable, the report's figures stand beside ours."""
     marks, report = marks_of(record), report_of(record)
-    header = ["defence", "clean", "transfer", "white-box", "improvement transfer", "improvement white-box"]
-    header += ["R@1 clean", "R@1 white-box", "success", "n", "training"]
-    header += ["report: clean", "report: transfer", "report: improvement"] if report else []
-    lines = [header, ["---"] * len(header)]
+    kinds = {"clean": "clean", "transfer": "transfer", "white_box": "white-box"}
+    header = ["defence", *(f"{label}: {what}" for label in kinds.values() for what in ("cosine", "R@1"))]
+    header += ["improvement", "training"] + (["report: clean", "transfer", "improvement"] if report else [])
+    more = ["text to image, R@1: clean", "transfer", "white-box", "success: transfer", "white-box"]
+    lines, more_lines = [header], [["defence", *more]]
     for name, row in record["rows"].items():
-        bound = r"\<= " if row["not_converged"] else ""
         alias = f" (the report's {REPORT_NAMES[name]})" if name in REPORT_NAMES else ""
-        cells = [markdown(name + alias + marks[name])]
+        title = markdown(name + alias + marks[name])
+        bounds = {"white_box_similarity": row["not_converged"], "white_box_recall_i2t@1": row["recall_not_converged"]}
 
-        def cell(key, form, bound="", row=row):
+        def cell(key, form, row=row, bounds=bounds):
             """A figure with its interval, and its range over the seeds."""
             if row.get(key) is None:
                 return "-"
-            interval, (lowest, highest) = row[f"{key}_interval".replace("_similarity", "")], range_of(row, key)
+            interval, (lowest, highest) = row.get(f"{key}_interval".replace("_similarity", "")), range_of(row, key)
             inside = f" [{', '.join(map(form, interval))}]" if interval else ""
             seeds = f" ({form(lowest)} to {form(highest)})" if lowest is not None else ""
-            return f"{bound}{form(row[key])}{inside}{seeds}"
+            return (r"\<= " if bounds.get(key) else "") + f"{form(row[key])}{inside}{seeds}"
 
-        for kind in CONDITIONS:
-            cells.append(cell(f"{kind}_similarity", "{:.3f}".format, bound if kind == "white_box" else ""))
-        for kind in ("transfer", "white_box"):
-            cells.append(cell(f"improvement_{kind}", percent, bound if kind == "white_box" else ""))
-        for kind in ("clean", "white_box"):
-            shares = [cell(f"{kind}_recall_{direction}@1", "{:.0%}".format) for direction in ("i2t", "t2i")]
-            cells.append(" / ".join(shares))
-        success = row["white_box_success_rate"]
-        cells += ["-" if success is None else f"{success:.0%}", str(row["n"]), duration(row["training_seconds"])]
+        cells = [title]
+        for kind in kinds:
+            cells += [cell(f"{kind}_similarity", "{:.3f}".format), cell(f"{kind}_recall_i2t@1", "{:.0%}".format)]
+        cells += [cell("improvement", percent), duration(row["training_seconds"])]
         if name in report:
             clean, adversarial, gain = report[name]
             cells += [f"{clean:.4f}", f"{adversarial:.4f}", percent(gain)]
-        lines.append(cells + [""] * (len(header) - len(cells)))
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    parts = [f"{markdown(', '.join(setting(record)))}.", table, NOTES, *notes_on(record, marks, markdown)]
+        lines.append(cells)
+        keys = [*(f"{kind}_recall_t2i@1" for kind in kinds), "transfer_success_rate", "white_box_success_rate"]
+        more_lines.append([title, *(cell(key, "{:.0%}".format) for key in keys)])
+    table, more_table = markdown_lines(lines), markdown_lines(more_lines)
+    notes = notes_on(record, marks, markdown)
+    parts = [f"{markdown(', '.join(setting(record)))}.", table, *notes, more_table, NOTES]
     if record["radii"]:
         header, *rows = radius_lines(record)
-        lines = [header, ["---"] * len(header), *([markdown(name), *cells] for name, *cells in rows)]
-        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+        parts.append(markdown_lines([header, *([markdown(name), *cells] for name, *cells in rows)]))
     if record["sanity"]:
         parts.append(f"Sanity checks, {min(SANITY_IMAGES, record['n'])} images:")
         parts.append("\n".join(f"- {line}" for line in sanity_lines(record, markdown)))
@@ -1197,7 +1247,7 @@ def measure_row(args, run, name, spec, entry, data):
             save_white_box(folder, measured, data.images)
         if name == "original":
             draw_original(args, run, row, measured)
-        kinds = ("fall", "health", "chance")
+        kinds = ("fall", "recall_fall", "health", "chance")
         entry["figures"] = {"per_image": measured.conditions} | {kind: getattr(measured, kind) for kind in kinds} | code
         store()
     for eps in args.radii:
@@ -1220,12 +1270,13 @@ def draw_original(args, run, row, measured):
 
 def collect(args, specs, entries):
     """Return what the table shows of the rows' files: {kind: {name: ...}}."""
-    record = {kind: {} for kind in ("per_image", "fall", "health", "chance", "sanity", "radii", "notes")}
+    record = {kind: {} for kind in ("per_image", "fall", "recall_fall", "health", "chance", "sanity", "radii", "notes")}
     for name, entry in entries.items():
         figures = entry["figures"]
         per_image = {condition: as_arrays(scored) for condition, scored in figures["per_image"].items()}
         record["per_image"][name] = per_image
-        record["health"][name], record["chance"][name] = figures["health"], figures["chance"]
+        for kind in ("recall_fall", "health", "chance"):
+            record[kind][name] = figures[kind]
         checks = entry["sanity"] if args.sanity else None
         if checks:
             record["sanity"][name] = checks

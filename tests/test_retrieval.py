@@ -1,0 +1,145 @@
+"""Retrieval with several captions an image: Karpathy's files, the best own caption, two starts of the margin attack."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import TINY, metrics, shell
+from PIL import Image
+from test_pictures import COLOURS, draw
+from torch.nn import functional as F
+
+import common
+import evaluate
+
+SMALL = ["--preset", "smoke", "--steps", 1, "--attack_steps", 1, "--qualities", "--trainings"]
+
+
+def karpathy_file(folder, kind):
+    """Karpathy's file of Flickr30k or COCO in its own form, and its pictures; returns its test images, too."""
+    images, sentid = [], 0
+    for imgid in range(8):
+        coco = {"filepath": "val2014", "cocoid": 900 + imgid} if kind == "coco" else {}
+        name = f"COCO_val2014_{900 + imgid:012d}.jpg" if kind == "coco" else f"{36979 + imgid}.jpg"
+        draw(folder / coco.get("filepath", "") / name, imgid)
+        texts = [f"A {COLOURS[imgid % 4]} thing {'and more ' * k}in place {imgid}." for k in range(5)]
+        raw = [{"tokens": t.split(), "raw": t, "imgid": imgid, "sentid": sentid + k} for k, t in enumerate(texts)]
+        split = "train" if imgid == 2 else "restval" if imgid == 5 else "test"
+        ids = [each["sentid"] for each in raw]
+        images.append(coco | {"sentids": ids, "imgid": imgid, "sentences": raw, "split": split, "filename": name})
+        sentid += 5
+    file = folder / f"dataset_{'coco' if kind == 'coco' else 'flickr30k'}.json"
+    file.write_text(json.dumps({"images": images, "dataset": kind}))
+    return file, [image for image in images if image["split"] == "test"]
+
+
+@pytest.mark.parametrize("kind", ["flickr30k", "coco"])
+def test_karpathys_test_split_gives_the_recalls_of_a_plain_computation(kind, tmp_path):
+    file, images = karpathy_file(tmp_path / "data", kind)
+    shell("evaluate.py", *SMALL, "--eval_data", file, "--output_dir", tmp_path / "table")
+    record = metrics(tmp_path / "table")
+    assert record["n"] == 6 and record["coco_ids"] == [image["cocoid"] for image in images if kind == "coco"]
+
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{TINY / 'clip'}")
+    tokenizer = open_clip.SimpleTokenizer(context_length=32)
+    paths = [tmp_path / "data" / image.get("filepath", "") / image["filename"] for image in images]
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(Image.open(path)) for path in paths])
+        captions = [sentence["raw"] for image in images for sentence in image["sentences"]]
+        text_features = model.encode_text(tokenizer(captions), normalize=True)
+        cosines = model.eval().encode_image(pixels, normalize=True) @ text_features.T
+    owner = torch.arange(6).repeat_interleave(5)  # of each caption
+    to_text = owner[cosines.argmax(1)] == torch.arange(6)
+    to_image = cosines.argmax(0) == owner
+    row = record["rows"]["original"]
+    assert row["clean_recall_i2t@1"] == pytest.approx(to_text.float().mean().item())
+    assert row["clean_recall_t2i@1"] == pytest.approx(to_image.float().mean().item())
+    attacked = cosines[torch.arange(6), 5 * torch.arange(6)]  # of each image the first caption
+    assert row["clean_similarity"] == pytest.approx(attacked.mean().item(), abs=1e-5)
+
+
+def hand_made(features, captions=4, right=None):
+    """A row of images whose features are given and whose captions are the axes; of images of one grey level each."""
+    clip = SimpleNamespace(
+        batch_size=8, device=torch.device("cpu"), encode_image=None,
+        encode_text=lambda texts: torch.eye(captions)[[int(text) for text in texts]],
+        encode_pixels=lambda pixels, _: F.normalize(features[torch.from_numpy(pixels[:, 0, 0, 0].astype(int))], dim=1),
+    )  # fmt: skip
+    count = len(features)
+    pixels = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, 1)
+    right = torch.arange(count)[:, None] if right is None else right
+    names = [str(caption) for caption in range(captions)]
+    return evaluate.Row("x", clip, pixels, pixels, names, right, None, torch.arange(captions))
+
+
+def test_an_image_is_right_if_any_of_its_own_captions_is_first():
+    features = torch.tensor([[1.0, 3, 2, 0], [2, 0, 1, 3]])  # of two images; captions 0, 1 and captions 2, 3 are theirs
+    row = hand_made(features, right=torch.tensor([[0, 1], [2, 3]]))
+    scored = evaluate.score(row, row.pixels, 0)
+    units = F.normalize(features, dim=1)
+    assert scored["rank_i2t"].tolist() == [0, 0]  # although the attacked captions 0 and 2 are not first
+    np.testing.assert_allclose(scored["similarity"], [units[0, 0], units[1, 2]])
+    np.testing.assert_allclose(scored["margin"], [units[0, 1] - units[0, 2], units[1, 3] - units[1, 0]])
+    assert scored["rank_t2i"].tolist() == [[1, 0], [1, 0]]  # caption 0 is nearer to image 1, caption 2 to image 0
+
+
+def test_fewer_captions_than_others_count_once():
+    row = hand_made(torch.eye(4)[:2], right=torch.tensor([[0, 1], [2, 2]]))
+    assert evaluate.score(row, row.pixels, 0)["rank_t2i"].tolist() == [[0, 1], [1, -1]]  # ties count against the model
+
+
+@pytest.fixture(scope="module")
+def row():
+    args = evaluate.parse_args(["--preset", "tiny", "--num_images", "6"])
+    clip = common.load_clip(args)
+    images = common.load_images(args, "eval", clip.geometry)
+    return evaluate.Row("x", clip, images.pixels, images.pixels, *evaluate.load_candidates("evaluation", images))
+
+
+def test_the_margin_attack_starts_at_the_lowest_cosine_and_then_at_the_transferred_image(row, monkeypatch):
+    """Planted: from the first start image 3 alone falls, from the second image 1 as well."""
+    seen = []
+
+    def attack_row(attack, part, run=None):
+        seen.append((attack.loss, part.transfer[:, 0, 0, 0].tolist()))
+        pixels = torch.from_numpy(part.transfer.copy())
+        if attack.loss == "margin":
+            pixels[:] = 100 + len(seen)
+        return pixels, {"zero_gradient": torch.zeros(len(pixels), dtype=torch.bool)}
+
+    def score(part, pixels, seed, gallery=None):
+        level, index = np.asarray(pixels)[:, 0, 0, 0], np.arange(len(pixels))
+        fallen = (level == 102) & (index == 3) | (level == 103) & (index == 1)
+        return {"rank_i2t": fallen.astype(int)}
+
+    monkeypatch.setattr(evaluate, "attack_row", attack_row)
+    monkeypatch.setattr(evaluate, "score", score)
+    planted = replace(row, transfer=np.full_like(row.pixels, 7))
+    found, wrong = evaluate.attack_both(common.white_box(8 / 255, 2), planted, 0)
+    assert [loss for loss, _ in seen] == ["cosine", "margin", "margin"] and len(found) == len(wrong) == 3
+    assert len(seen[1][1]) == 6 and seen[2][1] == [7] * 5  # the survivors alone, from the transferred images
+
+
+def test_the_margin_loss_leads_over_the_best_own_caption(row):
+    """Of two own captions the farther one may be lost without losing the image."""
+    right = torch.stack([row.right[:, 0], row.right[:, 0].roll(1)], 1)
+    pair = replace(row, right=right)
+    loss_fn = evaluate.row_loss(replace(common.white_box(8 / 255, 2), loss="margin"), pair)
+    values = loss_fn(row.clip.attack_encoder(), np.arange(6))(common.as_images(row.pixels, torch.device("cpu")))
+    scored = evaluate.score(pair, row.pixels, 0)
+    np.testing.assert_allclose(-values.detach(), scored["margin"], atol=1e-5)
+
+
+def test_survivors_are_attacked_with_twice_the_steps_and_counted(row, monkeypatch):
+    attack, ranks = common.white_box(8 / 255, 1), np.array([0, 3, 0, 0, 1, 0])
+    fallen, count = evaluate.check_survivors(row, attack, ranks, torch.from_numpy(row.pixels), 0)
+    assert count == 4 and 0 <= fallen <= 4
+    monkeypatch.setattr(evaluate, "CONVERGENCE_IMAGES", 2)
+    assert evaluate.check_survivors(row, attack, ranks, torch.from_numpy(row.pixels), 0)[1] == 2
+    fallen, _ = evaluate.check_survivors(row, common.white_box(32 / 255, 20), ranks, torch.from_numpy(row.pixels), 0)
+    assert fallen == 2
+    assert evaluate.check_survivors(row, attack, np.ones(6, int), torch.from_numpy(row.pixels), 0) == (0, 0)
