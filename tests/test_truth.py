@@ -21,17 +21,15 @@ ATTACK = common.white_box(8 / 255, 20)
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    """The tiny CLIP as a row of a few evaluation images with their transferred ones; flags, examples."""
-    words = ["--preset", "tiny", "--cache_dir", str(tmp_path_factory.mktemp("cache")), "--num_images", str(IMAGES)]
-    args = evaluate.parse_args(words)
+def setup():
+    """The tiny CLIP as a row of a few evaluation images with their transferred ones; flags, images."""
+    args = evaluate.parse_args(["--preset", "tiny", "--num_images", str(IMAGES)])
     clip = common.load_clip(args)
-    examples = common.load_examples(args, "eval", common.load_rows(args, "eval", IMAGES), clip.geometry)
-    candidates, pixels = evaluate.load_candidates("evaluation", examples), examples[:]["pixels"]
-    row = evaluate.Row("original", clip, pixels, pixels, *candidates)
+    images = common.load_images(args, "eval", clip.geometry)
+    candidates = evaluate.load_candidates("evaluation", images)
+    row = evaluate.Row("original", clip, images.pixels, images.pixels, *candidates)
     transfer, _ = evaluate.attack_row(common.Attack(8 / 255, 2 / 255, 8), row)
-    row = replace(row, transfer=transfer.numpy())
-    return SimpleNamespace(args=args, examples=examples, row=row)
+    return SimpleNamespace(args=args, images=images, row=replace(row, transfer=transfer.numpy()))
 
 
 @dataclass
@@ -68,32 +66,15 @@ def test_the_checks_pass_where_an_attack_has_converged_and_say_where_it_has_not(
     assert [check[:20] for check, result in results.items() if result != "PASS"][0] == "five times the steps"
 
 
-def test_twice_the_steps_tell_whether_an_attack_has_converged_and_jpegs_are_doubled(setup):
-    attack = replace(ATTACK, steps=30)
-    chosen, convergence, done = evaluate.choose_steps(average_colours(setup), attack, 0)
-    assert chosen == attack and convergence["steps"] == 30 and convergence["fall"] <= evaluate.TOLERANCE
-    attack = replace(ATTACK, steps=3)
-    chosen, convergence, done = evaluate.choose_steps(setup.row, attack, 0)
-    short, long = (evaluate.attack_row(replace(attack, steps=steps), setup.row)[0] for steps in (3, 6))
-    fall = evaluate.score(setup.row, short, 0)["similarity"] - evaluate.score(setup.row, long, 0)["similarity"]
-    assert chosen == attack and convergence == {"steps": 3, "fall": pytest.approx(fall.mean(), abs=1e-6)}
-    assert convergence["fall"] > evaluate.TOLERANCE and torch.equal(done[0], short)
-    through_jpeg = replace(setup.row, qualities=(30,))
-    chosen, convergence, done = evaluate.choose_steps(through_jpeg, attack, 0)
-    assert chosen.steps == convergence["steps"] == 6
-    short, long = (evaluate.attack_row(replace(attack, steps=steps), through_jpeg)[0] for steps in (6, 12))
-    cosines = [evaluate.score(through_jpeg, found, 0)["similarity"].mean() for found in (short, long)]
-    assert torch.equal(done[0], short) and convergence["fall"] == pytest.approx(cosines[0] - cosines[1], abs=1e-6)
-
-
-def test_a_row_of_which_some_images_are_attacked_already_is_the_row_attacked_as_a_whole(setup, monkeypatch):
-    attack = replace(ATTACK, steps=2)
-    monkeypatch.setattr(evaluate, "CONVERGENCE_IMAGES", 5)
-    *_, done = evaluate.choose_steps(setup.row, attack, 0)
-    assert len(done[0]) == 5
-    whole, health = evaluate.attack_row(attack, setup.row)
-    in_two, health_in_two = evaluate.attack_row(attack, setup.row, done=done)
-    assert torch.equal(whole, in_two) and health == health_in_two
+@pytest.mark.parametrize("qualities", [(), (30,)])
+def test_twice_the_steps_tell_whether_an_attack_has_converged(qualities, setup, monkeypatch):
+    row, attack = replace(setup.row, qualities=qualities).part(slice(4)), replace(ATTACK, steps=3)
+    monkeypatch.setattr(evaluate, "CONVERGENCE_IMAGES", 3)
+    few = row.part(slice(3))
+    short, long = (evaluate.attack_row(replace(attack, steps=steps), few)[0] for steps in (3, 6))
+    cosines = [evaluate.score(few, found, 0)["similarity"].mean() for found in (short, long)]
+    fall = evaluate.measure(row, attack, 1, 0).fall
+    assert fall == pytest.approx(cosines[0] - cosines[1], abs=1e-6) and fall > evaluate.TOLERANCE
 
 
 GRADIENTS, AGAIN = "gradients are there and finite", "scores are reproducible"
@@ -149,7 +130,7 @@ def test_the_worst_case_is_no_milder_than_any_attack(setup):
     again = evaluate.score(row, measured.lowest, 0)["similarity"]
     np.testing.assert_allclose(again, worst["similarity"], atol=1e-5)
     assert common.linf_grey_levels(row.pixels, measured.lowest).max() == 8
-    assert measured.health["max_abs_delta_grey_levels"] == 8 and measured.health["images_unmoved"] == 0
+    assert measured.health == {"zero_gradient": 0, "nonfinite": 0, "max_abs_delta_grey_levels": 8}
     measured = evaluate.measure(replace(row, transfer=255 - row.pixels), attack, 1, 0)
     assert common.linf_grey_levels(row.pixels, measured.lowest).max() == 8  # those of another geometry may lie outside
 
@@ -157,14 +138,14 @@ def test_the_worst_case_is_no_milder_than_any_attack(setup):
 def test_the_saved_white_box_images_are_those_behind_the_figures(setup, tmp_path):
     row, attack = replace(setup.row, transfer=setup.row.pixels), common.white_box(4 / 255, 8)  # some keep their caption
     measured = evaluate.measure(row, attack, 1, 0)
-    evaluate.save_white_box(tmp_path, measured, setup.examples)
+    evaluate.save_white_box(tmp_path, measured, setup.images)
     entries, worst = jsonl(tmp_path / "metadata.jsonl"), measured.conditions["white_box"]
     found = {}
     for entry in entries:
         pixels = np.asarray(Image.open(tmp_path / entry["file_name"])).transpose(2, 0, 1)
-        i = setup.examples["coco_id"][:].index(entry["coco_id"])
+        i = setup.images.coco_ids.index(entry["coco_id"])
         scored = evaluate.score(row.part(slice(i, i + 1)), pixels[None], 0)
-        assert entry["caption"] == setup.examples["caption"][i]
+        assert entry["caption"] == setup.images.captions[i][0]
         assert scored["similarity"] == pytest.approx(entry["similarity"], abs=1e-5)
         assert scored["rank_i2t"] == entry["rank_i2t"] and common.linf_grey_levels(row.pixels[i], pixels) <= 8
         found.setdefault(i, []).append(entry)
@@ -205,14 +186,14 @@ def test_scores_on_a_hand_made_ranking(setup):
     row.clip.encode_text = lambda texts: torch.eye(3)[: len(texts)]
     scored = evaluate.score(row, row.pixels[:3], 0)
     assert scored["rank_i2t"].tolist() == [0, 1, 1]  # image 1 prefers caption 0, image 2 too
-    assert scored["rank_t2i"].tolist() == [0, 0, 0]  # each caption prefers its own image
+    assert scored["rank_t2i"].tolist() == [[0], [0], [0]]  # each caption prefers its own image
     np.testing.assert_allclose(scored["similarity"], features.diagonal())
     assert scored["margin"][1] == pytest.approx(0.6 - 0.8)
     row.candidates = torch.tensor([[0, 1, 2], [1, 2, 1], [2, 0, 1]])  # what is no candidate does not count
     assert evaluate.score(row, row.pixels[:3], 0)["rank_i2t"].tolist() == [0, 0, 1]
     row.after = lambda _: torch.ones(3, 3)  # collapsed: ties count against the model
     scored = evaluate.score(row, row.pixels[:3], 0)
-    assert scored["rank_t2i"].tolist() == [2, 2, 2] and scored["rank_i2t"].tolist() == [2, 1, 2]
+    assert scored["rank_t2i"].tolist() == [[2], [2], [2]] and scored["rank_i2t"].tolist() == [2, 1, 2]
 
 
 def test_an_attacked_image_is_looked_for_among_clean_ones(setup):
@@ -251,8 +232,8 @@ def test_the_interval_of_an_improvement_is_paired():
 
 def test_a_gradient_that_vanished_marks_its_row_whatever_the_checks_say():
     record = {"rows": {}, "health": {}, "sanity": {}}
-    health = {"images_with_zero_gradients": 0, "images_with_nonfinite_values": 0}
-    for name, wrong in {"original": {}, "a": {"images_with_zero_gradients": 1}, "b": {}}.items():
+    health = {"zero_gradient": 0, "nonfinite": 0}
+    for name, wrong in {"original": {}, "a": {"zero_gradient": 1}, "b": {}}.items():
         record["rows"][name] = {"members": [name], "clean_recall_i2t@1": 1, "above_chance": True, "note": None}
         record["health"][name] = health | wrong
         record["sanity"][name] = {"checks": [["it holds", "FAIL" if name == "b" else "PASS", ""]]}
@@ -269,10 +250,10 @@ def test_random_qualities_are_from_30_to_75_both_included():
 
 
 def test_mmeb_candidates_are_the_rows_own_lists(setup):
-    captions, right, candidates, _ = evaluate.load_candidates("mmeb", setup.examples)
+    captions, right, candidates, _ = evaluate.load_candidates("mmeb", setup.images)
     assert len(captions) == 120 == candidates.shape[1]
-    assert [[captions[i] for i in each] for each in candidates] == setup.examples["texts"][:]
-    assert [captions[i] for i in right[:, 0]] == setup.examples["caption"][:]
+    assert [[captions[i] for i in each] for each in candidates] == setup.images.candidates
+    assert [captions[i] for i in right[:, 0]] == setup.images.own_captions
 
 
 def test_random_jpeg_draws_differ_by_image_and_look_but_not_by_run_or_batch(setup, monkeypatch):
@@ -299,7 +280,7 @@ def test_random_jpeg_is_drawn_alike_in_whatever_batch_an_image_is_attacked(setup
 
 def table(values, falls=None):
     """A record of white-box cosines, {row: [those of each seed]}, and how far each row's attack is from converged."""
-    specs, record = {}, {"per_image": {}, "sanity": {}, "convergence": {}, "precision": {}, "chance": {}, "notes": {}}
+    specs, record = {}, {kind: {} for kind in ("per_image", "sanity", "fall", "recall_fall", "chance", "notes")}
     for row, seeds in values.items():
         for seed, cosines in enumerate(seeds):
             name = row if not seed else f"{row}, seed {seed}"
@@ -308,8 +289,8 @@ def table(values, falls=None):
             attacked = clean | {"similarity": cosines}
             specs[name] = evaluate.Spec(row, seconds=1.0)
             record["per_image"][name] = {"clean": clean, "transfer": attacked, "white_box": attacked}
-            record["convergence"][name] = {"steps": 10, "fall": (falls or {}).get(row, 0)}
-            record["precision"][name], record["chance"][name] = {"precision": "fp32"}, 1 / len(cosines)
+            record["fall"][name], record["recall_fall"][name] = (falls or {}).get(row, 0), (0, 0)
+            record["chance"][name], record["notes"][name] = 1 / len(cosines), []
     record["rows"] = evaluate.summarise_rows(record, specs, 0)
     pairs = {tuple(pair["rows"]): pair for pair in evaluate.compare_rows(record, 0)}
     return record["rows"], pairs
@@ -354,26 +335,13 @@ def test_a_bare_visual_tower_keeps_the_text_tower(setup, tmp_path):
     assert torch.equal(loaded.positional_embedding, setup.row.clip.model.positional_embedding)
 
 
-def test_five_images_are_shared_out_as_three_and_two(setup, monkeypatch):
+def test_five_images_are_shared_out_as_three_and_two(monkeypatch):
     monkeypatch.setattr(common, "PROCESSES", 2)
-    monkeypatch.setattr(common, "gather", lambda value=None: [value])
-    loss = partial(common.own_caption, setup.row.clip.encode_text(setup.examples["caption"][:]))
     shares = []
     for rank in (0, 1):
         monkeypatch.setattr(common, "RANK", rank)
-        shares += common.attack_images(replace(ATTACK, steps=1), loss, setup.row.pixels[:5], setup.row.clip)
-    assert [(here.start, here.stop, len(pixels)) for here, pixels, _ in shares] == [(0, 3, 3), (3, 5, 2)]
-
-
-def test_a_process_whose_memory_was_full_has_the_batches_of_all(setup, monkeypatch):
-    monkeypatch.setattr(common, "PROCESSES", 2)
-    monkeypatch.setattr(common, "gather", lambda value=None: [value, 2])
-    loss, shares = own_caption_of(setup), []
-    for rank, size in ((0, 4), (1, 2)):
-        monkeypatch.setattr(common, "RANK", rank)
-        monkeypatch.setattr(setup.row.clip, "batch_size", size)
-        shares += common.attack_images(replace(ATTACK, steps=1), loss, setup.row.pixels, setup.row.clip)
-    assert [here.start for here, *_ in shares] == list(range(0, IMAGES, 2))
+        shares += [batch.tolist() for batch in common.my_batches(range(5), 64)]
+    assert shares == [[0, 1, 2], [3, 4]]
 
 
 def test_what_a_run_kept_of_some_images_is_not_taken_for_as_many_others(setup):
@@ -389,68 +357,20 @@ def test_what_a_run_kept_of_some_images_is_not_taken_for_as_many_others(setup):
     assert len(kept) == 2
 
 
-# -- precision and memory of attacks
+# -- precision
 
 
-def own_caption_of(setup):
-    return partial(common.own_caption, setup.row.clip.encode_text(setup.row.captions)[setup.row.own])
+def test_a_bf16_attack_is_near_the_fp32_one(setup):
+    loss = partial(common.own_caption, setup.row.clip.encode_text(setup.images.own_captions))
+    given = replace(ATTACK, steps=10), loss, setup.row.pixels, setup.row.clip
+    found = [common.attack_all(*given, precision=name)[0] for name in ("fp32", "bf16")]
+    exact, rough = (evaluate.score(setup.row, pixels, 0)["similarity"] for pixels in found)
+    assert not torch.equal(*found) and (rough < exact + 0.1).all()
 
 
-@pytest.fixture
-def in_bf16(setup, monkeypatch):
-    monkeypatch.setattr(setup.row.clip, "bf16", True)
-    return setup.row.clip
-
-
-def test_in_bf16_the_last_fifth_of_the_steps_is_exact(setup, in_bf16, monkeypatch):
-    seen, encoder = [], in_bf16.attack_encoder
-    monkeypatch.setattr(in_bf16, "attack_encoder", lambda bf16: seen.append(bf16) or encoder(bf16))
-    attack = replace(ATTACK, steps=10)
-    (first, short), (last, rest) = common.attack_phases(attack, "bf16")
-    assert (first, short.steps, short.alpha) == ("bf16", 8, attack.alpha)
-    assert (last, rest.steps, rest.alpha) == ("tf32", 2, attack.eps / 4)
-    mixed, _ = common.attack_all(attack, own_caption_of(setup), setup.row.pixels, in_bf16)
-    assert seen == [True, False]
-    exact, _ = common.attack_all(attack, own_caption_of(setup), setup.row.pixels, in_bf16, precision="fp32")
-    scores = [evaluate.score(setup.row, pixels, 0)["similarity"] for pixels in (mixed, exact)]
-    assert (scores[0] < scores[1] + 0.1).all() and not torch.equal(mixed, exact)
-
-
-def test_bf16_is_accepted_by_the_outcome_of_its_attack(setup, in_bf16, capsys, monkeypatch):
-    """Planted: in bf16 the gradient of every third image vanishes, so that the attack ends some hundredths higher."""
-    row, attack = average_colours(setup), replace(ATTACK, steps=14)
-    given = attack, evaluate.row_loss(attack, row), row.pixels, in_bf16
-    precision, record = common.accept_precision(*given)
-    assert precision == "bf16" == record["precision"] and abs(record["weaker_by"]["bf16"]) <= common.TOLERANCE
-    encoder, keep = in_bf16.attack_encoder, (torch.arange(IMAGES) % 3 > 0).view(-1, 1, 1, 1)
-
-    def planted_encoder(bf16=None):
-        encode = encoder(bf16)
-        return (lambda images: encode(torch.where(keep, images, images.detach()))) if bf16 else encode
-
-    monkeypatch.setattr(in_bf16, "attack_encoder", planted_encoder)
-    precision, record = common.accept_precision(*given)
-    assert precision == "fp32" and 0.005 < record["weaker_by"]["bf16"] < 0.1
-    assert "weaker than the fp32 one" in capsys.readouterr().out
-    monkeypatch.setattr(in_bf16, "precision", "bf16")
-    assert "use --precision fp32" in refusal(capsys, common.accept_precision, *given)
-
-
-def test_a_full_gpu_halves_the_batch_and_changes_no_image(setup, capsys, monkeypatch):
-    attack, loss = replace(ATTACK, steps=2, seed=3), own_caption_of(setup)
-    expected, health = common.attack_all(attack, loss, setup.row.pixels, setup.row.clip)
-
-    def full(encode_image, here):
-        loss_fn = loss(encode_image, here)
-
-        def small(images):
-            if len(images) > 3:
-                raise torch.OutOfMemoryError("planted")
-            return loss_fn(images)
-
-        return small
-
-    monkeypatch.setattr(setup.row.clip, "batch_size", IMAGES)
-    found, health_found = common.attack_all(attack, full, setup.row.pixels, setup.row.clip)
-    assert torch.equal(found, expected) and health_found == health
-    assert capsys.readouterr().out.count("memory is full") == 2 and setup.row.clip.batch_size == 3  # 12, 6, 3
+def test_the_precision_of_gradients_is_the_flags_or_that_of_what_they_are_for(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    picked = [common.pick_precision("auto", device, bf16) for device in (cpu, cuda) for bf16 in (False, True)]
+    assert picked == ["fp32", "fp32", "tf32", "bf16"]
+    assert [common.pick_precision(name, cuda, True) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
