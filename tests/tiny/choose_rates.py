@@ -12,7 +12,6 @@ not made again.
 """
 
 import argparse
-import importlib
 import json
 import logging
 import shlex
@@ -24,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
+import defend_clip_mat_v2 as mat  # noqa: E402
 import evaluate  # noqa: E402
 
 
@@ -40,41 +40,37 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def load_row(args, words):
-    """Return the flags to measure with, the examples, and the original model's evaluate.Row with transferred images."""
-    training = importlib.import_module("defend_clip_mat_v2").parse_args(words)  # all trainings use the same images
-    seen = training.num_images + training.val_images
-    rows = common.load_rows(training, "train", seen + args.num_images).select(range(seen, seen + args.num_images))
-    flags = evaluate.parse_args(words)
-    clip = common.load_clip(flags)
-    examples = common.load_examples(flags, "train", rows, clip.geometry)
-    loss = partial(common.own_caption, clip.encode_text(examples["caption"][:]))
-    pixels = examples[:]["pixels"]
-    transfer, _ = common.attack_all(common.Attack(flags.eps, flags.alpha, flags.steps), loss, pixels, clip)
-    candidates = evaluate.load_candidates("evaluation", examples)
-    return flags, examples, evaluate.Row("original", clip, pixels, transfer.numpy(), *candidates)
+def load_data(args, words):
+    """Return the flags to measure with, and the images to choose on, attacked on the original model."""
+    training, flags = mat.parse_args(words), evaluate.parse_args(words)
+    clip, seen = common.load_clip(flags), training.num_images + training.val_images  # the same of all trainings
+    images = common.load_images(training, "train", clip.geometry, seen, args.num_images)
+    loss = partial(common.own_caption, clip.encode_text(images.own_captions))
+    transfer, _ = common.attack_all(common.Attack(flags.eps, flags.alpha, flags.steps), loss, images.pixels, clip)
+    return flags, evaluate.Evaluation(images, transfer.numpy(), None, clip.geometry, clip.digest, clip.weights_digest)
 
 
 def train(args, words, name, rate, seed):
     """Make a training that is not complete, and return its folder."""
-    _, script, *flags = evaluate.TRAININGS[name]
+    _, script, flags = evaluate.TRAININGS[name]
     folder = Path(args.output_dir, f"{name}_lr{rate:g}_seed{seed}")
-    flags += ["--lr", rate, "--seed", seed, "--output_dir", folder]
+    flags = [*flags.split(), "--lr", rate, "--seed", seed, "--output_dir", folder]
     if seed and name.startswith("pgd"):  # the seeds share the adversarial images of the first
         flags += ["--adversarial_dir", Path(args.output_dir, "adversarial_train")]
-    module = importlib.import_module(Path(script).stem)
-    module.main(module.parse_args([*words, *map(str, flags)]))
+    script.main(script.parse_args([*words, *map(str, flags)]))
     return folder
 
 
-def measure(flags, examples, original, folder=None):
-    """Return clean R@1, white-box R@1 and white-box cosine of a training on the examples, or of the original model."""
-    source = folder and f"local-dir:{folder}"
-    row = evaluate.load_row(flags, str(folder or "original"), evaluate.Spec("", source), original, examples)
-    found, _ = evaluate.attack_both(common.white_box(flags.eps, flags.attack_steps), row, flags.seed)
-    clean = evaluate.score(row, row.pixels, flags.seed)
-    cosine, recall = evaluate.mean_worst([evaluate.score(row, pixels, flags.seed) for pixels in (row.transfer, *found)])
-    return {"clean R@1": float((clean["rank_i2t"] == 0).mean()), "white-box R@1": recall, "white-box cosine": cosine}
+def measure(flags, data, folder=None):
+    """Return clean R@1, white-box R@1 and white-box cosine of a training on the data, or of the original model."""
+    name, source = str(folder or "original"), folder and f"local-dir:{folder}"
+    row = evaluate.load_row(flags, name, evaluate.Spec(name, source), data)
+    clean, transfer = (evaluate.score(row, pixels, flags.seed) for pixels in (row.pixels, row.transfer))
+    attacked = evaluate.under_attack(row, common.white_box(flags.eps, flags.attack_steps), flags.seed)
+    worst = evaluate.worst_of([transfer, attacked])
+    recalls = [float((scored["rank_i2t"] == 0).mean()) for scored in (clean, worst)]
+    figures = *recalls, float(worst["similarity"].mean())
+    return dict(zip(["clean R@1", "white-box R@1", "white-box cosine"], figures))
 
 
 def choose(clean, found):
@@ -87,13 +83,13 @@ def choose(clean, found):
 
 def main(args):
     words = ["--preset", args.preset, "--cache_dir", str(Path(args.output_dir, "cache"))]
-    flags, examples, original = load_row(args, words)
+    flags, data = load_data(args, words)
     command = shlex.join(["python", "tests/tiny/choose_rates.py", *sys.argv[1:]])
-    record = {"command": command, "commit": common.git_commit(), "n": len(examples), "trainings": {}}
-    record["original"] = measure(flags, examples, original)
+    record = {"command": command, "commit": common.git_commit(), "n": len(data.images), "trainings": {}}
+    record["original"] = measure(flags, data)
 
     def measured(name, rate, seed):
-        figures = measure(flags, examples, original, train(args, words, name, rate, seed))
+        figures = measure(flags, data, train(args, words, name, rate, seed))
         print(name, f"{rate:g}", "seed", seed, *(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
         return figures
 
