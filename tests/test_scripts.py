@@ -4,7 +4,6 @@ import importlib
 import io
 import json
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -13,11 +12,11 @@ import tarfile
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import cmarkgfm
 import datasets
-import jsonschema
 import numpy as np
 import open_clip
 import pytest
@@ -26,26 +25,30 @@ from conftest import EVAL, ROOT, TINY, TRAIN, VALIDATION, jsonl, metrics, shell
 from PIL import Image
 
 import common
-import defend_clip_mat_v2 as mat
 import defend_clip_pgd_v2
 import evaluate
 
-STAGES = {"adversarial_train": "generation", "adversarial_eval": "generation", "mat": "training", "pgd": "training"}
-STAGES |= {"online": "training", "evaluation": "evaluation"}
+TRAININGS = ["mat", "pgd", "online"]
 ROWS = ["original", "MAT", "contrastive, offline", "features, online", "JPEG 50"]
 ODD = r"a|b \| `c` *d* <i>e</i> _f_ [g](h) ~~i~~ &amp; $j$"  # a name that Markdown would read as much else
+SMALL = ["--preset", "smoke", "--steps", 1]
 
 
 def table_of(printed):
-    """The lines of the table that evaluate.py printed."""
-    return printed[printed.index("local-dir:tests/tiny/clip, n") :].split("\n\nin ")[0].strip().splitlines()
+    """The lines of the table that evaluate.py printed, without the first, which names the model."""
+    return printed[printed.index("transfer: PGD, ") :].split("\n\nin ")[0].strip().splitlines()
 
 
-def test_reproduce_runs_the_stages_as_commands_and_ends_with_the_table(report):
+def args_of(folder):
+    """The flags of a finished run, as a script has them."""
+    return SimpleNamespace(**metrics(folder)["args"])
+
+
+def test_reproduce_runs_the_stages_and_ends_with_the_table(report):
     folder, printed, _ = report
-    commands = [line for line in printed.splitlines() if line.startswith("$ python ")]
-    assert [line.split("--output_dir ")[1] for line in commands] == [str(folder / stage) for stage in list(STAGES)[:5]]
-    assert printed.count("work: ") == 6
+    stages = ["adversarial_eval: ", "mat\n", "pgd\n", "adversarial_train: ", "online\n", "evaluation: table.md"]
+    places = [printed.index(f"{folder / stage}") for stage in stages]
+    assert places == sorted(places)
     rows = metrics(folder / "evaluation")["rows"]
     assert list(rows) == ROWS and all(name in printed for name in rows)
     assert max(map(len, table_of(printed))) <= 80
@@ -57,7 +60,7 @@ def test_reproduce_runs_the_stages_as_commands_and_ends_with_the_table(report):
 def test_online_training_starts_its_attack_from_noise_around_the_images(monkeypatch, tmp_path):
     seen = []
 
-    def spy(loss_fn, images, attack, start, check_range):
+    def spy(loss_fn, images, attack, start):
         seen.append((start - images) / attack.eps)
         raise InterruptedError
 
@@ -73,8 +76,8 @@ def test_online_training_starts_its_attack_from_noise_around_the_images(monkeypa
 def test_the_attack_breaks_the_model_and_the_table_adds_up(report):
     record = metrics(report[0] / "evaluation")
     original = record["rows"]["original"]
-    assert original["clean_similarity"] > 0.8 > 0 > original["transfer_similarity"] > original["white_box_similarity"]
-    assert original["clean_recall_i2t@1"] > 0.9 and original["white_box_recall_i2t@1"] < 0.3
+    assert original["clean_similarity"] - 0.4 > original["transfer_similarity"] > original["white_box_similarity"]
+    assert original["clean_recall_i2t@1"] > 0.85 and original["white_box_recall_i2t@1"] < 0.3
     made = metrics(report[0] / "adversarial_eval")
     assert original["transfer_similarity"] == pytest.approx(made["adversarial_similarity"], abs=1e-6)
     for name, row in record["rows"].items():
@@ -88,21 +91,21 @@ def test_the_attack_breaks_the_model_and_the_table_adds_up(report):
         if name != "original":
             lost, lost_0 = (r["clean_similarity"] - r["white_box_similarity"] for r in (row, original))
             assert row["improvement_white_box"] == pytest.approx(1 - lost / lost_0)
-        assert record["health"][name]["max_abs_delta_grey_levels"] == 8
-        assert record["health"][name]["images_with_nonfinite_values"] == 0
+        assert record["health"][name] == {"zero_gradient": 0, "nonfinite": 0, "max_abs_delta_grey_levels": 8}
     assert record["rows"]["JPEG 50"]["white_box_similarity"] < record["rows"]["JPEG 50"]["transfer_similarity"]
 
 
-def test_a_finished_run_is_left_alone_and_shown_again_and_other_flags_do_not_overwrite(report):
+def test_a_finished_run_is_left_alone_and_shown_again_and_another_one_is_refused(report):
     folder, printed, command = report
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.json")}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     again, _ = shell(command[0], *command[2:], "--num_workers", 3)  # without --reproduce, and what changes no figure
     assert "nothing to do" in again and table_of(again) == table_of(printed)
-    stage = next(line for line in printed.splitlines() if line.startswith("$ python defend_clip_mat_v2.py"))
-    assert "nothing to do" in shell(*stage.split()[2:])[0]
-    _, said = shell(command[0], *command[2:], "--restarts", "2", code=2)
-    assert "--restarts 1, not 2" in said and "--overwrite" in said and said.count("\n") == 1
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.json")}
+    training = ["defend_clip_mat_v2.py", "--preset", "smoke", "--steps", args_of(folder / "mat").steps]
+    training += ["--output_dir", folder / "mat"]
+    assert "nothing to do" in shell(*training)[0]
+    said = shell(*training, "--lr", 0.5, code=2)[1]
+    assert "--lr 0.0004, not 0.5" in said and "remove that folder, or choose another" in said and said.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def test_adversarial_images_are_an_imagefolder_in_the_ball_around_what_open_clip_makes_of_the_photographs(
@@ -138,48 +141,48 @@ def test_training_on_attacked_images_helps_and_its_validation_figures_are_what_t
     rows = metrics(folder / "evaluation")["rows"]
     assert rows["contrastive, offline"]["transfer_similarity"] > rows["original"]["transfer_similarity"] + 0.1
     assert rows["features, online"]["white_box_similarity"] > rows["original"]["white_box_similarity"] + 0.1
-    args = mat.parse_args(["--preset", "smoke", "--cache_dir", str(folder / "cache")])
-    for stage in ("mat", "pgd", "online"):
-        record, clip = metrics(folder / stage), common.load_clip(args, f"local-dir:{folder / stage}")
-        assert all(epoch["val_white_box"] < epoch["val_clean"] - 0.1 for epoch in record["epochs"])
-        assert clip.train_ids == {*record["train_ids"]}  # by which a leak is noticed
-        rows = common.load_rows(args, "train", args.num_images + args.val_images)
-        validation = common.load_training_sets(args, rows, clip.geometry)[1]
-        text_features = clip.encode_text(validation["caption"][:])
-        loss = partial(common.own_caption, text_features)
-        found, _ = common.attack_all(common.white_box(args.eps, args.steps), loss, validation["pixels"], clip)
-        similarity = (clip.encode_pixels(found) * text_features).sum(-1).mean()
-        assert similarity == pytest.approx(record["epochs"][-1]["val_white_box"], abs=2e-3)
+    for stage in TRAININGS:
+        args, epochs = args_of(folder / stage), metrics(folder / stage)["epochs"]
+        clip = common.load_clip(args, f"local-dir:{folder / stage}")
+        assert all(epoch["val_white_box"] < epoch["val_clean"] - 0.1 for epoch in epochs)
+        training, validation = common.load_training_images(args, clip.geometry)
+        assert (len(training), len(validation)) == (TRAIN, VALIDATION)
+        assert clip.trained_on == {*training.fingerprints(), *validation.fingerprints()}  # by which a leak is noticed
+        text_features = clip.encode_text(validation.own_captions)
+        loss, attack = partial(common.own_caption, text_features), common.white_box(args.eps, args.steps)
+        found, _ = common.attack_all(attack, loss, validation.pixels, clip)
+        for kind, pixels in {"clean": validation.pixels, "white_box": found}.items():
+            similarity = clip.similarity(pixels, text_features).mean()
+            assert similarity == pytest.approx(epochs[-1][f"val_{kind}"], abs=2e-3)
 
 
-def test_training_logs_every_step_and_learns_nothing_of_the_evaluation_images(report):
-    for stage in ("mat", "pgd", "online"):
+def test_training_logs_every_step(report):
+    for stage in TRAININGS:
         record, log = metrics(report[0] / stage), jsonl(report[0] / stage / "log.jsonl")
         assert [entry["step"] for entry in log] == list(range(1, record["steps"] + 1)) and record["steps"] == 6
         other = "aug_loss" if stage == "mat" else "adv_loss"
         assert all(entry["loss"] == pytest.approx((entry["clean_loss"] + entry[other]) / 2) for entry in log)
         falls = record["args"]["lr"] * (1 - np.arange(6) / 6)
         assert [entry["lr"] for entry in log] == pytest.approx(falls)
-        assert (len(record["train_ids"]), len(record["val_ids"])) == (TRAIN, VALIDATION)
-        evaluated = metrics(report[0] / "evaluation")["coco_ids"]
-        assert not {*record["train_ids"], *record["val_ids"]} & {*evaluated}
 
 
-def test_rates_are_chosen_by_their_cost_and_then_by_the_white_box_figures(tmp_path):
+def test_rates_are_chosen_by_their_cost_and_then_by_the_white_box_figures(tmp_path, monkeypatch):
     script = runpy.run_path(str(TINY / "choose_rates.py"))
     found = {1: (0.94, 0.1, 0.9), 2: (0.92, 0.3, 0.4), 3: (0.92, 0.3, 0.5), 4: (0.90, 0.5, 0.9)}
     found = {rate: dict(zip(["clean R@1", "white-box R@1", "white-box cosine"], row)) for rate, row in found.items()}
     assert [script["choose"](clean, found) for clean in (1.0, 0.97, 0.95)] == [1, 3, 4]
+    smaller = {"train_images": 16, "val_images": 1, "steps": 1, "attack_steps": 4, "epochs": 1}
+    monkeypatch.setitem(common.PRESETS, "smoke", common.PRESETS["smoke"] | smaller)
     words = ["--preset", "smoke", "--trainings", "mat", "--rates", 1e-9, "--num_images", 4, "--output_dir", tmp_path]
     script["main"](script["parse_args"]([*map(str, words), "--json", str(tmp_path / "rates.json")]))
     record = json.loads((tmp_path / "rates.json").read_text())
     row = record["trainings"]["mat"]["mean"]
-    assert row == pytest.approx(record["original"], abs=1e-3) and row["white-box cosine"] < 0  # hardly trained
+    assert row == pytest.approx(record["original"], abs=1e-3) and row["white-box cosine"] < 0.5  # hardly trained
 
 
 def test_trainings_open_in_open_clip_alone_and_only_the_visual_tower_moved(report):
     before = open_clip.create_model(f"local-dir:{TINY / 'clip'}").state_dict()
-    for stage in ("mat", "pgd", "online"):
+    for stage in TRAININGS:
         model = open_clip.create_model_and_transforms(f"local-dir:{report[0] / stage}")[0]
         moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
         assert moved and all(key.startswith("visual.") for key in moved)
@@ -200,46 +203,35 @@ def test_clip_benchmark_finds_the_recalls_of_the_table(report, tmp_path, monkeyp
                 tar.addfile(member, io.BytesIO(data))
     command = ["clip_benchmark", "eval", "--dataset", "wds/scenes", "--dataset_root", tmp_path]
     command += ["--model", f"local-dir:{report[0] / 'pgd'}", "--pretrained", "none"]
-    command += ["--task", "zeroshot_retrieval", "--recall_k", 1, 5]
+    command += ["--task", "zeroshot_retrieval", "--recall_k", 1, 3]
     command += ["--no_amp", "--num_workers", 0, "--output", tmp_path / "result.json"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     importlib.import_module("clip_benchmark.cli").main()
     recalls = json.loads((tmp_path / "result.json").read_text())["metrics"]
-    args = evaluate.parse_args(["--preset", "smoke", "--cache_dir", str(report[0] / "cache")])
-    clip = common.load_clip(args, f"local-dir:{report[0] / 'pgd'}")
-    examples = common.load_examples(args, "eval", common.load_rows(args, "eval"), clip.geometry)
-    transfer = common.load_adversarial(folder, examples, args)
-    row = evaluate.Row("x", clip, transfer, transfer, *evaluate.load_candidates("evaluation", examples))
-    scored = evaluate.score(row, transfer, 0)
+    args = args_of(report[0] / "evaluation")
+    spec = evaluate.Spec("x", f"local-dir:{report[0] / 'pgd'}")
+    row = evaluate.load_row(args, "x", spec, evaluate.load_evaluation(args))
+    scored = evaluate.score(row, row.transfer, 0)
     ours = metrics(report[0] / "evaluation")["per_image"]["contrastive, offline"]["transfer"]
     assert scored["rank_i2t"].tolist() == ours["rank_i2t"]
-    assert 0 < (scored["rank_i2t"] < 5).mean() < 1
+    assert 0 < (scored["rank_i2t"] < 1).mean() < 1
     for theirs, direction in {"text_retrieval_recall": "i2t", "image_retrieval_recall": "t2i"}.items():
-        for k in (1, 5):
+        for k in (1, 3):
             expected = (scored[f"rank_{direction}"] < k).mean()
             assert recalls[f"{theirs}@{k}"] == pytest.approx(expected, abs=1e-6)
 
 
-def check_metrics(folder, stage):
-    """metrics.json against the schema: as strict JSON, and as one stage only."""
-    record = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
-    schema, validator = json.loads((ROOT / "tests/metrics.schema.json").read_text()), jsonschema.Draft202012Validator
-    validator.check_schema(schema)
-    validator({"$ref": f"#/$defs/{stage}", "$defs": schema["$defs"]}).validate(record)
-    validator(schema).validate(record)
-    return record
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_metrics_follow_the_schema(stage, report):
-    record = check_metrics(report[0] / stage, STAGES[stage])
-    assert record["n"] == (EVAL if stage in ("adversarial_eval", "evaluation") else TRAIN)
-    assert record["seconds"] > 0 and record["peak_memory_bytes"] > 1e8
-    if stage == "evaluation":
-        assert len(record["coco_ids"]) == record["n"]
-        assert record["rows"].keys() == record["per_image"].keys() == record["health"].keys()
-        for conditions in record["per_image"].values():
-            assert {len(values) for scored in conditions.values() for values in scored.values()} == {record["n"]}
+def test_metrics_say_how_a_run_was_made_and_hold_the_figures_of_each_image(report):
+    for stage in ["adversarial_train", "adversarial_eval", *TRAININGS, "evaluation"]:
+        text = (report[0] / stage / "metrics.json").read_text()
+        record = json.loads(text, parse_constant=pytest.fail)  # NaN is not JSON
+        assert record.keys() >= {"args", "script", "identity", "code", "commit", "versions", "device", "started"}
+        assert record["n"] == (EVAL if stage in ("adversarial_eval", "evaluation") else TRAIN) and record["seconds"] > 0
+        assert record["argv"][1:] == [str(word) for word in report[2][1:]]  # as typed, for all
+    assert len(record["coco_ids"]) == EVAL
+    assert record["rows"].keys() == record["per_image"].keys() == record["health"].keys()
+    for conditions in record["per_image"].values():
+        assert {len(values) for scored in conditions.values() for values in scored.values()} == {EVAL}
 
 
 @pytest.mark.parametrize("comparable", [False, True])
@@ -260,7 +252,7 @@ def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, r
     record["paired"][0] |= {"rows": ["original", ODD], "separated": False}
     html = cmarkgfm.github_flavored_markdown_to_html(evaluate.markdown_table(record))
     page = ElementTree.fromstring(f"<div>{html}</div>")
-    assert [child.tag for child in page] == ["p", "table", *["p"] * 7, "ul"]
+    assert [child.tag for child in page] == ["p", "table", *["p"] * 6, "ul"]
     header, *rows = page.find("table").iter("tr")
     assert len(header) == (14 if comparable else 11)
     cells = [["".join(cell.itertext()) for cell in row] for row in rows]
@@ -268,23 +260,25 @@ def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, r
     for row, name in zip(cells, record["rows"]):
         assert len(row) == len(header) and row[9] == str(EVAL) and row[0].endswith("(!)") == (name == ODD)
         assert row[10] == evaluate.duration(record["rows"][name]["training_seconds"])
-        assert row[3].startswith(f"<= {record['rows'][name]['white_box_similarity']:.3f} [")  # 10 steps are too few
+        bound = "<= " if record["rows"][name]["not_converged"] else ""
+        assert row[3].startswith(f"{bound}{record['rows'][name]['white_box_similarity']:.3f} [")
+    assert record["rows"]["original"]["not_converged"]  # so few steps are
     assert (cells[0][11:] == ["0.2513", "-0.1783", "-"]) == comparable
     notes = ["".join(part.itertext()) for part in page[3:-1]]
-    assert f"original ~ {ODD}" in notes[0] and f"; {ODD} 0." in notes[1] and "JPEG 50: 20 steps" in notes[2]
-    assert "one seed" in notes[3] and notes[4].startswith("(!): ")  # what marks a row is explained
+    assert f"original ~ {ODD}" in notes[0] and "original 0." in notes[1]
+    assert "one seed" in notes[2] and notes[3].startswith("(!): ")  # what marks a row is explained
     items = [" ".join("".join(item.itertext()).split()) for item in page.find("ul")]
     assert len(items) == 2 * len(rows) and f"FAIL {ODD}: it holds: 1 | 2" in items
 
 
-def test_the_reports_training_command_makes_the_images_it_lacks_and_stops_where_it_is_told_to(report, tmp_path):
+def test_the_reports_training_command_makes_the_images_it_lacks_and_stops_where_it_is_told_to(tmp_path):
     command = ["defend_clip_pgd_v2.py", "--batch_size", 16, "--lr", 1e-5, "--epochs", 3]
-    small = ["--preset", "smoke", "--num_images", 32, "--steps", 1, "--cache_dir", report[0] / "cache"]
-    stops = {"max_steps": (2, [0.1, "--max_steps", 2]), "loss_threshold": (4, [90, "--loss_window", 3])}  # a step later
+    command += [*SMALL, "--num_images", 32, "--val_images", 1]
+    stops = {"max_steps": (2, [0.1, "--max_steps", 2]), "loss_threshold": (3, [90, "--loss_window", 3])}
     for reason, (steps, words) in stops.items():
-        printed, _ = shell(*command, *small, "--output_dir", tmp_path / reason, "--loss_threshold", *words)
-        made = re.search(r"\$ python generate_pgd_adversarial.py .*--split train --num_images 32", printed)
-        assert bool(made) == (reason == "max_steps")  # the second has the images of the first
+        printed, _ = shell(*command, "--output_dir", tmp_path / reason, "--loss_threshold", *words)
+        made = f"{tmp_path / 'adversarial_train'}: 32 images" in printed
+        assert made == (reason == "max_steps")  # the second has the images of the first
         record = metrics(tmp_path / reason)
         assert (record["stopped_by"], record["steps"]) == (reason, steps)
         last_step = 2 if reason == "max_steps" else 6  # where the rate would end at 0
@@ -293,45 +287,47 @@ def test_the_reports_training_command_makes_the_images_it_lacks_and_stops_where_
 
 
 def test_a_model_remembers_what_the_weights_that_it_started_from_were_trained_on(report, tmp_path):
-    words = ["--preset", "smoke", "--model", f"local-dir:{report[0] / 'mat'}", "--num_images", 8, "--val_images", 1]
-    words += ["--max_steps", 2, "--batch_size", 4, "--epochs", 3, "--steps", 1, "--cache_dir", report[0] / "cache"]
+    before = f"local-dir:{report[0] / 'mat'}"
+    words = [*SMALL, "--model", before, "--num_images", 4, "--val_images", 1, "--max_steps", 1, "--batch_size", 4]
     shell("defend_clip_mat_v2.py", *words, "--output_dir", tmp_path / "mat")
-    record, log = metrics(tmp_path / "mat"), jsonl(tmp_path / "mat" / "log.jsonl")
-    assert [entry["lr"] for entry in log] == pytest.approx(record["args"]["lr"] * np.array([1, 0.5]))
-    args = mat.parse_args(["--preset", "smoke"])
-    ids = common.load_clip(args, f"local-dir:{tmp_path / 'mat'}").train_ids
-    assert len(record["train_ids"]) == 8 < len(ids) == TRAIN and {*record["train_ids"]} <= ids
+    args = args_of(report[0] / "mat")
+    before, after = (common.load_clip(args, name).trained_on for name in (before, f"local-dir:{tmp_path / 'mat'}"))
+    assert before == after and len(after) == 2 * (TRAIN + VALIDATION)  # ids and pixels
 
 
-def test_another_seed_attacks_from_other_noise(report, tmp_path):
-    words = ["--preset", "smoke", "--split", "eval", "--num_images", 2, "--steps", 1]
-    words += ["--cache_dir", report[0] / "cache"]
+def test_another_seed_attacks_from_other_noise(tmp_path):
+    made = set()
     for seed in (0, 1):
-        shell("generate_pgd_adversarial.py", *words, "--seed", seed, "--output_dir", tmp_path / str(seed))
-    made = [[entry["sha256"] for entry in jsonl(tmp_path / str(seed) / "metadata.jsonl")] for seed in (0, 1)]
-    assert not {*made[0]} & {*made[1]}
+        words = ["--split", "eval", "--num_images", 2, "--seed", seed, "--output_dir", tmp_path / str(seed)]
+        shell("generate_pgd_adversarial.py", *SMALL, *words)
+        made |= {entry["sha256"] for entry in jsonl(tmp_path / str(seed) / "metadata.jsonl")}
+    assert len(made) == 4
 
 
-def test_eval_jpeg_gives_the_three_conditions(report, tmp_path):
-    folders = ["--cache_dir", report[0] / "cache", "--output_dir", tmp_path / "jpeg"]
-    folders += ["--adversarial_dir", report[0] / "adversarial_eval"]
-    shell("eval_jpeg.py", "--preset", "smoke", "--qualities", 50, *folders)
-    (found,) = check_metrics(tmp_path / "jpeg", "jpeg")["qualities"].values()
-    row = metrics(report[0] / "evaluation")["rows"]["JPEG 50"]
+def test_eval_jpeg_gives_the_three_conditions_as_the_table_does(report, tmp_path):
+    args = args_of(report[0] / "evaluation")
+    words = ["--preset", "smoke", "--num_images", EVAL, "--attack_steps", args.attack_steps, "--qualities", 50]
+    words += ["--adversarial_dir", report[0] / "adversarial_eval"]
+    shell("eval_jpeg.py", *words, "--output_dir", tmp_path / "jpeg")
+    found = metrics(tmp_path / "jpeg")["qualities"]["50"]["per_image"]
+    row = metrics(report[0] / "evaluation")["per_image"]["JPEG 50"]
     for kind in ("clean", "transfer"):
-        assert found[f"{kind}_similarity"] == pytest.approx(row[f"{kind}_similarity"], abs=1e-6)
-    assert found["transfer_similarity"] > found["adaptive_similarity"] > row["white_box_similarity"]
+        assert found[kind] == pytest.approx(row[kind]["similarity"], abs=1e-6)
+    assert np.less_equal(row["white_box"]["similarity"], np.add(found["adaptive"], 1e-5)).all()  # the worst of several
+    assert np.less(found["adaptive"], found["transfer"]).all()
 
 
-def test_a_copy_of_the_checkout_elsewhere_knows_its_finished_runs_again(report, tmp_path):
-    """Its inputs are asked, too: other runs' folders, and weights, which lie inside the checkout. What a notebook and a
-    launcher leave in the environment changes nothing."""
+def test_a_copy_of_the_checkout_elsewhere_makes_nothing_again(report, tmp_path):
+    """What a notebook and a launcher leave in the environment changes nothing."""
     left = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "RANK": "3", "WORLD_SIZE": "8"}
     for name in [*(path.name for path in ROOT.glob("*.py")), "tests/tiny"]:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    done = [str(word) for word in report[2]]
-    done.remove("--reproduce")
-    env = os.environ | left
-    done = subprocess.run([sys.executable, *done], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "nothing to do" in done.stdout, done.stdout + done.stderr
-    assert str(ROOT) not in json.dumps(metrics(report[0] / "evaluation")["args"])
+    folder, printed, command = report
+    shutil.copytree(folder / "evaluation", tmp_path / "evaluation")
+    for stage in ("adversarial_eval", "mat"):
+        (tmp_path / stage).symlink_to(folder / stage)
+    words = [sys.executable, *map(str, command), "--output_dir", "evaluation", "--trainings", "mat", "--qualities"]
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | left, capture_output=True, text=True)
+    assert done.returncode == 0 and {*table_of(printed)[:6]} <= {*table_of(done.stdout)}, done.stdout + done.stderr
+    rows, others = ({file.name for file in each.glob("evaluation/rows/*")} for each in (tmp_path, folder))
+    assert "nothing to do" in done.stdout and len(rows) == len(ROWS) and rows == others
