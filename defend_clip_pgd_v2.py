@@ -25,7 +25,7 @@ Files written to --output_dir (default runs/<preset>/pgd, pgd_features, online, 
     open_clip_model.safetensors, open_clip_config.json   the model after the last epoch, which open_clip opens:
                        open_clip.create_model_and_transforms("local-dir:OUTPUT_DIR")
     log.jsonl          one line per step
-    metrics.json       validation figures of every epoch, wall time, the COCO ids trained on
+    metrics.json       validation figures of every epoch, wall time
 """
 
 import torch
