@@ -45,13 +45,13 @@ def folder(tmp_path_factory):
         state = open_clip.create_model(f"local-dir:{folder / name}", load_weights=False).state_dict()
         save, file = (torch.save, "pytorch_model.bin") if name == "b32" else (save_file, "model.safetensors")
         save({key: value.contiguous() for key, value in state.items()}, folder / name / f"open_clip_{file}")
-    words = ["--split", "eval", "--cache_dir", folder / "cache", "--output_dir", folder / "adversarial_eval"]
+    words = ["--split", "eval", "--output_dir", folder / "adversarial_eval"]
     shell("generate_pgd_adversarial.py", *SMALL, *words)
     return folder
 
 
 def load(folder, name, *words):
-    words = ["--preset", "tiny", "--model", f"local-dir:{folder / name}", "--cache_dir", str(folder / "cache"), *words]
+    words = ["--preset", "tiny", "--model", f"local-dir:{folder / name}", *words]
     args = common.fill(common.make_parser("").parse_args(words), "x", "eval")
     return args, common.load_clip(args)
 
@@ -72,7 +72,7 @@ def test_pixels_and_gradient_are_open_clips_own(name, folder):
 
 def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(folder):
     repos = {f"models/org/{name}": folder / name for name in FORMS}
-    words = [*SMALL, "--attack_steps", 2, "--cache_dir", folder / "cache", "--adversarial_dir"]
+    words = [*SMALL, "--attack_steps", 2, "--adversarial_dir"]
     words += [folder / "adversarial_eval", "--qualities"]
     rows = [word for name in FORMS for word in ("--checkpoint", f"{name}=hf-hub:org/{name}")]
     rows += ["--defence", "clipa+jpeg50", "--output_dir", folder / "evaluation"]
@@ -89,14 +89,15 @@ def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(fold
     assert all(health["max_abs_delta_grey_levels"] == 8 for health in record["health"].values())
     for name in FORMS:  # the weights are those of the hub
         args, clip = load(folder, name)
-        examples = common.load_examples(args, "eval", common.load_rows(args, "eval", COUNT), clip.geometry)
-        own = clip.encode_pixels(examples["pixels"]) * clip.encode_text(examples["caption"][:])
-        np.testing.assert_allclose(record["per_image"][name]["clean"]["similarity"], own.sum(-1), atol=1e-5)
+        images = common.load_images(args, "eval", clip.geometry, 0, COUNT)
+        own = clip.similarity(images.pixels, clip.encode_text(images.own_captions))
+        np.testing.assert_allclose(record["per_image"][name]["clean"]["similarity"], own, atol=1e-5)
     one = ["--checkpoint", f"b32=local-dir:{folder / 'b32'}", "--output_dir", folder / "alone"]
     shell("evaluate.py", *words, *one, "--sanity")
     assert len(metrics(folder / "alone")["sanity"]["b32"]["checks"]) == 7
     for name, row in metrics(folder / "alone")["rows"].items():
-        row["fall"] = record["rows"][name]["fall"]  # the checks look further
+        for key in ("fall", "not_converged"):
+            row[key] = record["rows"][name][key]  # the checks look further
         assert row == record["rows"][name]  # as without the others beside it
 
 

@@ -201,7 +201,7 @@ def test_a_row_of_the_originals_weights_or_with_tensors_left_out_is_marked_in_th
     assert all((rf"| {name} (\*)" in table) == bool(note) for name, note in notes.items())
     assert f"(*) normal: {notes['normal']}" in " ".join(out.split())
     out, _ = shell(*words, f"both={tmp_path / 'both.pt'}::orig/")  # other weights of the same file
-    assert "both is measured again, because of other weights" in out and "normal is measured" not in out
+    assert "both: clean R@1" in out and "normal: clean R@1" not in out
     rows = metrics(tmp_path / "evaluation")["rows"]
     assert {name: row["note"] for name, row in rows.items()} == notes | {"both": same}
 

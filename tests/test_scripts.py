@@ -89,8 +89,8 @@ def test_the_attack_breaks_the_model_and_the_table_adds_up(report):
             assert row[f"{kind}_recall_i2t@1"] == np.mean([rank == 0 for rank in per_image[kind]["rank_i2t"]])
         assert row["white_box_drop"] == pytest.approx(1 - row["white_box_similarity"] / row["clean_similarity"])
         if name != "original":
-            lost, lost_0 = (r["clean_similarity"] - r["white_box_similarity"] for r in (row, original))
-            assert row["improvement_white_box"] == pytest.approx(1 - lost / lost_0)
+            lost, lost_0 = (r["clean_similarity"] - r["transfer_similarity"] for r in (row, original))
+            assert row["improvement"] == pytest.approx(1 - lost / lost_0)
         assert record["health"][name] == {"zero_gradient": 0, "nonfinite": 0, "max_abs_delta_grey_levels": 8}
     assert record["rows"]["JPEG 50"]["white_box_similarity"] < record["rows"]["JPEG 50"]["transfer_similarity"]
 
@@ -252,23 +252,28 @@ def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, r
     record["paired"][0] |= {"rows": ["original", ODD], "separated": False}
     html = cmarkgfm.github_flavored_markdown_to_html(evaluate.markdown_table(record))
     page = ElementTree.fromstring(f"<div>{html}</div>")
-    assert [child.tag for child in page] == ["p", "table", *["p"] * 6, "ul"]
-    header, *rows = page.find("table").iter("tr")
-    assert len(header) == (14 if comparable else 11)
-    cells = [["".join(cell.itertext()) for cell in row] for row in rows]
-    assert [name.removesuffix(" (!)").split(" (the")[0] for name, *_ in cells] == list(record["rows"])
+    assert [child.tag for child in page] == ["p", "table", *["p"] * 5, "table", "p", "p", "ul"]
+    table, more = (
+        [["".join(cell.itertext()) for cell in row] for row in each.iter("tr")] for each in page.iter("table")
+    )
+    header, *cells = table
+    assert len(header) == (12 if comparable else 9) and len(more[0]) == 6
+    for lines in (cells, more[1:]):
+        assert [name.removesuffix(" (!)").split(" (the")[0] for name, *_ in lines] == list(record["rows"])
     for row, name in zip(cells, record["rows"]):
-        assert len(row) == len(header) and row[9] == str(EVAL) and row[0].endswith("(!)") == (name == ODD)
-        assert row[10] == evaluate.duration(record["rows"][name]["training_seconds"])
-        bound = "<= " if record["rows"][name]["not_converged"] else ""
-        assert row[3].startswith(f"{bound}{record['rows'][name]['white_box_similarity']:.3f} [")
+        figures = record["rows"][name]
+        assert len(row) == len(header) and row[0].endswith("(!)") == (name == ODD)
+        assert row[8] == evaluate.duration(figures["training_seconds"])
+        for place, key, form in ((5, "similarity", ".3f"), (6, "recall_i2t@1", ".0%")):
+            marked = figures["not_converged"] if place == 5 else figures["recall_not_converged"]
+            assert row[place].startswith(f"{'<= ' * marked}{figures[f'white_box_{key}']:{form}} [")
     assert record["rows"]["original"]["not_converged"]  # so few steps are
-    assert (cells[0][11:] == ["0.2513", "-0.1783", "-"]) == comparable
-    notes = ["".join(part.itertext()) for part in page[3:-1]]
-    assert f"original ~ {ODD}" in notes[0] and "original 0." in notes[1]
-    assert "one seed" in notes[2] and notes[3].startswith("(!): ")  # what marks a row is explained
+    assert (cells[0][9:] == ["0.2513", "-0.1783", "-"]) == comparable
+    notes = ["".join(part.itertext()) for part in page[2:7]]
+    assert f"original ~ {ODD}" in notes[0] and "original 0." in notes[1] and "features, online 0 of" in notes[2]
+    assert "one seed" in notes[3] and notes[4].startswith("(!): ")  # what marks a row is explained
     items = [" ".join("".join(item.itertext()).split()) for item in page.find("ul")]
-    assert len(items) == 2 * len(rows) and f"FAIL {ODD}: it holds: 1 | 2" in items
+    assert len(items) == 2 * len(cells) and f"FAIL {ODD}: it holds: 1 | 2" in items
 
 
 def test_the_reports_training_command_makes_the_images_it_lacks_and_stops_where_it_is_told_to(tmp_path):
