@@ -560,10 +560,15 @@ def read_record(file):
 
 def code_note(folder, script):
     """Return a line that names what made a folder, if it was not the present code of a script; else None."""
-    record = read_record(folder / "run.json")
+    maker = other_maker(read_record(folder / "run.json"), script)
+    return f"{folder} was made by {maker}" if maker else None
+
+
+def other_maker(record, script):
+    """Return a text that names the commit behind a record, and versions that are others; None if all is the same."""
     if record["versions"] != versions():
-        return f"{folder} was made by {made_by(record)}"
-    return f"{folder} was made by commit {record['commit']}" if record["code"] != source_digest(script) else None
+        return made_by(record)
+    return f"commit {record['commit']}" if record["code"] != source_digest(script) else None
 
 
 @lru_cache  # it takes 0.2 s, and is asked for every row

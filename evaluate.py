@@ -504,7 +504,7 @@ class Measured:
 
     conditions: dict  # {clean, transfer, white_box: {measure: (N,)}}
     fall: float  # of the mean cosine of some images with twice the steps
-    recall_fall: tuple  # (how many of some images that kept their caption lose it with twice the steps, of how many)
+    recall_fall: list  # [how many of some images that kept their caption lose it with twice the steps, of how many]
     health: dict  # {what went wrong in the attacks: how often}
     lowest: torch.Tensor  # uint8 (N, 3, H, W), of each image the attacked one of the lowest cosine
     ranks: list  # of the own caption, for lowest
@@ -550,11 +550,11 @@ def check_survivors(row, attack, ranks, lowest, seed, run=None):
     """Attack some images that kept their own caption with twice the steps: how many lose it, of how many."""
     survivors = np.flatnonzero(common.gather(ranks)[0] == 0)[:CONVERGENCE_IMAGES]
     if not len(survivors):
-        return 0, 0
+        return [0, 0]
     part = row.part(survivors)
     found, _ = attack_margin(replace(attack, steps=2 * attack.steps), part, lowest[survivors], seed, run)
     kept = worst_of([score(part, pixels, seed) for pixels in found])["rank_i2t"] == 0
-    return int((~kept).sum()), len(survivors)
+    return [int((~kept).sum()), len(survivors)]
 
 
 def save_white_box(folder, measured, images):
@@ -917,7 +917,7 @@ def console_table(record):
         lines += [f"{name[:20]:20}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in rows]
     lines.append("")
     for note in notes_on(record, marks):
-        lines += textwrap.wrap(note, 80)
+        lines += textwrap.wrap(note, 80, break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -1285,8 +1285,8 @@ def collect(args, specs, entries):
             raw = {eps: as_arrays(entry["radii"][common.radius_text(eps)]) for eps in sorted(args.radii)}
             record["radii"][name] = radius_curve(args, per_image, raw)
         record["notes"][name] = [*specs[name].notes]
-        if (figures["code"], figures["versions"]) != (common.source_digest(__file__), common.versions()):
-            record["notes"][name].append(f"measured by {common.made_by(figures)}")
+        if maker := common.other_maker(figures, __file__):
+            record["notes"][name].append(f"measured by {maker}")
     return record
 
 

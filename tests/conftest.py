@@ -2,16 +2,20 @@
 
 import contextlib
 import fcntl
+import gc
 import io
 import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import traceback
+from functools import lru_cache
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import DEFAULT, MagicMock, patch
 
 import pytest
 
@@ -25,11 +29,15 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "CUDA_VI
 os.environ |= {"HF_HOME": f"{tempfile.gettempdir()}/tests-without-a-hub", "OMP_NUM_THREADS": "1"}  # 2 workers, 2 cores
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # of processes that tests start
 import matplotlib.figure  # noqa: E402
+import numpy as np  # noqa: E402
+import open_clip  # noqa: E402
 import torch  # noqa: E402 - it reads them
+from PIL import Image  # noqa: E402
 
 TINY = ROOT / "tests" / "tiny"
 SCRIPTS = ["generate_pgd_adversarial", "defend_clip_mat_v2", "defend_clip_pgd_v2", "eval_jpeg", "evaluate"]
 TRAIN, EVAL, VALIDATION = 48, 16, 8  # images of --preset smoke
+open_clip.SimpleTokenizer = lru_cache(open_clip.SimpleTokenizer)  # half of the time that a tiny CLIP takes to load
 
 
 @pytest.fixture(autouse=True)
@@ -37,25 +45,71 @@ def seeded():
     torch.manual_seed(0)
 
 
-def shell(*words, code=0, figures=False):
-    """Run a script as a user's shell would, in this process, which saves the imports: its stdout and stderr.
+def no_axes(rows=1, columns=1, **_):
+    """What takes the place of a figure's axes."""
+    axes = np.empty((rows, columns), object)
+    axes.fill(MagicMock())
+    return axes
 
-    figures   whether they are written, which takes longer than small attacks
+
+def run_script(words, figures=False):
+    """Run a script as `python script.py ...` does, in this process.
+
+    figures   whether they are drawn, which takes longer than small attacks
     """
     words = [str(ROOT / words[0]), *map(str, words[1:])]
-    out, err, argv, ended = io.StringIO(), io.StringIO(), sys.argv, 0
-    sys.argv = words
+    nothing = {"subplots": MagicMock(side_effect=no_axes), "savefig": DEFAULT, "tight_layout": DEFAULT}
+    drawing = contextlib.nullcontext() if figures else patch.multiple(matplotlib.figure.Figure, **nothing)
+    with drawing, patch.object(sys, "argv", words):
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def shell(*words, code=0, figures=False):
+    """Run a script as a user's shell would, in this process, which saves the imports: its stdout and stderr."""
+    out, err, ended = io.StringIO(), io.StringIO(), 0
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.ExitStack() as stack:
-            for slow in () if figures else ("savefig", "tight_layout"):
-                stack.enter_context(patch.object(matplotlib.figure.Figure, slow))
-            runpy.run_path(words[0], run_name="__main__")
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_script(words, figures)
     except SystemExit as end:
         ended = end.code or 0
-    finally:
-        sys.argv = argv
     assert ended == code, out.getvalue() + err.getvalue()
     return out.getvalue(), err.getvalue()
+
+
+def fork(log, *commands, prepare=contextlib.nullcontext, figures=False):
+    """Start a process forked from this one, which saves the imports, that runs scripts one after the other: its id.
+
+    log       what it prints goes to LOG.out and LOG.err
+    prepare   called in the process; the scripts run inside of the context that it returns
+    """
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        gc.disable()  # it would copy the memory of this process
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore Ctrl-C
+        with (
+            open(f"{log}.out", "w") as out, contextlib.redirect_stdout(out),
+            open(f"{log}.err", "w", 1) as err, contextlib.redirect_stderr(err),
+        ):  # fmt: skip
+            try:
+                with prepare():
+                    for words in commands:
+                        run_script(words, figures)
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def join(child, log):
+    """Wait for a fork()ed process: exit code, minus the signal if one killed it; what it printed; lines on stderr."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, Path(f"{log}.out").read_text(), lines_of(Path(f"{log}.err").read_text())
 
 
 def process(cwd, env, *commands):
@@ -69,6 +123,37 @@ def process(cwd, env, *commands):
 
 def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
+
+
+def pictures(folder, count, seed=0):
+    """Make a small data set of one's own, which loads faster than the tiny one; return its folder."""
+    folder.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(seed).integers(0, 255, (count, 5, 5, 3), np.uint8)):
+        Image.fromarray(pixels).resize((60, 40)).save(folder / f"{i}.png")
+    lines = [{"file_name": f"{i}.png", "caption": f"Thing {i} in colour {seed}."} for i in range(count)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+# of two equal runs
+VARYING = ["argv", "started", "seconds", "training_seconds", "images_per_s", "processes", "commit"]
+
+
+def contents(folder):
+    """{path: bytes} of a run's files, run.json and metrics.json parsed and without what two equal runs differ in."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in {"run.json", "metrics.json"} & files.keys():
+        record = json.loads(files[name])
+        del record["args"]["output_dir"]
+        files[name] = {key: value for key, value in record.items() if key not in VARYING}
+    return files
+
+
+def assert_equal(folder, other):
+    """Two runs have left the same files."""
+    files, others = contents(folder), contents(other)
+    assert files.keys() == others.keys()
+    assert not [name for name in files if files[name] != others[name]]
 
 
 def jsonl(file):

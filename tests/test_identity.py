@@ -1,349 +1,452 @@
-"""What makes two runs the same: flags, data and code; what a complete run, a row, a folder of images is kept for."""
+"""What makes two runs the same, whose a folder is, what is kept, completed or refused: images, trainings, rows."""
 
+import functools
 import json
+import re
+import runpy
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, jsonl, metrics, refusal, shell
-from PIL import Image
+from conftest import ROOT, TINY, assert_equal, jsonl, lines_of, metrics, pictures, shell
 from safetensors.torch import load_file, save_file
-from test_pictures import own_pictures
 
 import common
 import defend_clip_mat_v2 as mat
 import evaluate
-import generate_pgd_adversarial as generate
 
-SMALL = ["--preset", "smoke", "--steps", 2]
-MEASURING = ["Row", "measure", "load_row", "load_candidates", "row_attack"]
-EVERYTHING = ["eval", "mat", "pgd", "rows", "table"]
-EDITS = {  # name: (file, old text, new text, what of it changes)
-    "a comment": ("common.py", "# (B, hw, W)", "# [B, hw, W]", []),
-    "a docstring": ("common.py", '"""Search the L-inf ball', '"""Look into the L-inf ball', []),
-    "a message": ("common.py", "another run is writing", "some run is writing", []),
-    "a default flag": ("common.py", '"attack_steps": {"report": 75', '"attack_steps": {"report": 80', []),
-    "a figure's colour": ("evaluate.py", "#c44e52", "#c44e53", ["table"]),
-    "a training's loss": ("common.py", "F.cross_entropy(logits.T, targets)) / 2", "0) / 2", ["mat", "pgd"]),
-    "the loss of features": ("defend_clip_pgd_v2.py", ".square().sum(-1)", ".abs().sum(-1)", ["pgd"]),
-    "an augmentation": ("defend_clip_mat_v2.py", "NOISE_SIGMA = 15", "NOISE_SIGMA = 16", ["mat"]),
-    "the attack": ("common.py", "better = loss > best_loss", "better = loss < 9", EVERYTHING),
-    "JPEG's gradient": ("eval_jpeg.py", "cubic - cubic.detach()", "c - c.detach()", ["rows", "table"]),
-    "a score": ("evaluate.py", "(others >= similarity)", "(others > similarity)", ["rows", "table"]),
-    "an interval": ("evaluate.py", "[0.025, 0.975]", "[0.05, 0.95]", ["table"]),
-}
+GENERATE, MAT, PGD = "generate_pgd_adversarial.py", "defend_clip_mat_v2.py", "defend_clip_pgd_v2.py"
+SMALL = ["--preset", "smoke", "--steps", 1, "--train_data", "train", "--eval_data", "eval"]
+TRAINING = [*SMALL, "--num_images", 4, "--val_images", 2, "--batch_size", 4, "--max_steps", 1]
+OTHER_WEIGHTS = ["--model", f"local-dir:{TINY / 'clip'}", "--pretrained"]  # and their file
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+
+
+def refused(*words):
+    """The one line with which a command ends that has changed nothing in its --output_dir."""
+    folder = Path(words[words.index("--output_dir") + 1])
+    before = snapshot(folder)
+    (line,) = lines_of(shell(*words, code=2)[1])
+    assert snapshot(folder) == before
+    return line
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data(tmp_path_factory):
+    """The current folder, with two data sets."""
+    folder = tmp_path_factory.mktemp("data")
+    for seed, name in enumerate(("train", "eval")):
+        pictures(folder / name, 18, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+def generated(folder, count, *words):
+    """What the generation of so many images for the table prints."""
+    return shell(GENERATE, *SMALL, "--split", "eval", "--num_images", count, *words, "--output_dir", folder)[0]
+
+
+def other_weights(file, scale=1.01):
+    """Weights of the tiny CLIP, those of its visual tower changed a little."""
+    state = load_file(TINY / "clip" / "open_clip_model.safetensors")
+    save_file({key: value * scale if key.startswith("visual.") else value for key, value in state.items()}, file)
+    return file
+
+
+@pytest.fixture
+def attacked(monkeypatch):
+    """The images and steps of each call of pgd()."""
+    calls, pgd = [], common.pgd
+
+    def counted(loss_fn, images, attack, *rest):
+        calls.append((len(images), attack.steps))
+        return pgd(loss_fn, images, attack, *rest)
+
+    monkeypatch.setattr(common, "pgd", counted)
+    return calls
+
+
+def stop_at(monkeypatch, owner, name, call):
+    """Let a call of a function, counted from 1, be met by Ctrl-C."""
+    function, calls = getattr(owner, name), []
+
+    @functools.wraps(function)
+    def stopped(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, stopped)
+
+
+def other_code(monkeypatch, commit="bbb", versions="python 3.12, torch 9"):
+    """Let all scripts be of another commit, or other packages."""
+    if commit:
+        monkeypatch.setattr(common, "source_digest", lambda script: f"{Path(script).stem} of {commit}")
+        monkeypatch.setattr(common, "git_commit", lambda: commit)
+    if versions:
+        monkeypatch.setattr(common, "versions", lambda: versions)
+
+
+# Flags, data and scripts
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """A copy of the scripts, for edits."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, folder)
+def made(data):
+    """A folder with adversarial images, a finished training, and an unfinished one."""
+    folder = data / "made"
+    shell(GENERATE, *SMALL, "--num_images", 4, "--output_dir", folder / "adversarial_train")
+    shell(PGD, *TRAINING, "--output_dir", folder / "pgd")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, torch.nn.utils, "clip_grad_norm_", 1)
+        shell(MAT, *TRAINING, "--lr", 0.2, "--output_dir", folder / "mat", code=130)
     return folder
 
 
-def codes(folder):
-    scripts = {"eval": "generate_pgd_adversarial", "mat": "defend_clip_mat_v2", "pgd": "defend_clip_pgd_v2"}
-    found = {name: common.code_checksums(folder / f"{script}.py") for name, script in scripts.items()}
-    rows = common.code_checksums(folder / "evaluate.py", *MEASURING)
-    return found | {"rows": rows, "table": common.code_checksums(folder / "evaluate.py")}
+def test_another_run_is_refused_in_a_line_that_names_what_differs(made, tmp_path):
+    weights = [*OTHER_WEIGHTS, other_weights(tmp_path / "x.safetensors")]
+    images = [GENERATE, *SMALL, "--num_images", 4, "--output_dir", made / "adversarial_train"]
+    training = [MAT, *TRAINING, "--lr", 0.2, "--output_dir", made / "mat"]
+    complete = [PGD, *TRAINING, "--output_dir", made / "pgd"]
+    for command, words, said in (
+        (images, ["--seed", 1], "--seed 0, not 1"),
+        (images, ["--eps", "4/255", "--alpha", "1/255"], "--eps 8/255, not 4/255; --alpha 2/255, not 1/255"),
+        (images, ["--steps", 2], "--steps 1, not 2"),
+        (images, ["--split", "eval"], "--split train, not eval"),
+        (images, ["--precision", "bf16"], "precision fp32, not bf16"),
+        (images, weights, "another model"),
+        (training, ["--lr", 0.1], "--lr 0.2, not 0.1"),
+        (training, ["--batch_size", 2], "--batch_size 4, not 2"),
+        (training, weights, "another model"),
+        (training, ["--num_images", 5, "--val_images", 1], "another training images; another validation images"),
+        (complete, ["--loss", "features", "--lr", 1e-4], "--loss contrastive, not features"),
+        (complete, ["--online_steps", 1, "--loss", "contrastive"], "--online_steps 0, not 1"),
+        ([PGD, *training[1:]], [], f"script {MAT}, not {PGD}"),
+    ):
+        line = refused(*command, *words)
+        assert f"it holds another run ({said}" in line, line
+        assert line.endswith("remove that folder, or choose another --output_dir")
 
 
-@pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_changes_the_code_of_what_depends_on_it_and_no_more(edit, checkout):
-    file, old, new, expected = EDITS[edit]
-    before, text = codes(checkout), (checkout / file).read_text()
-    assert old in text
-    (checkout / file).write_text(text.replace(old, new))
-    after = codes(checkout)
-    (checkout / file).write_text(text)
-    assert [name for name in before if before[name] != after[name]] == expected
-    assert before == codes(ROOT)
+@pytest.mark.parametrize("which, said", [(0, "another training images"), (5, "another validation images")])
+def test_other_captions_and_other_pixels_are_another_training(which, said, made, tmp_path):
+    copy = shutil.copytree("train", tmp_path / "train")
+    words = [MAT, *TRAINING, "--train_data", copy, "--lr", 0.2, "--output_dir", made / "mat"]
+    listed = copy / "metadata.jsonl"
+    text = listed.read_text()
+    listed.write_text(text.replace(f"Thing {which} ", "Another thing "))
+    assert f"({said})" in refused(*words)
+    listed.write_text(text)
+    shutil.copy(copy / "17.png", copy / f"{which}.png")
+    assert f"({said})" in refused(*words)
 
 
-def test_packages_that_change_numbers_are_part_of_the_code(monkeypatch):
-    before = common.code_checksums(ROOT / "defend_clip_mat_v2.py")
-    monkeypatch.setattr(torch, "__version__", "1.0+cpu")
-    after = common.code_checksums(ROOT / "defend_clip_mat_v2.py")
-    assert common.describe_code_changes({"code": before}, after) == "torch has changed" and after["torch"] == "1.0"
+def test_what_moves_no_result_is_the_same_run(made):
+    before = snapshot(made)
+    free = ["--device", "cpu", "--cache_dir", "elsewhere", "--num_workers", 1, "--train_data", "./made/../train"]
+    words = [*free, "--num_images", 3, "--batch_size", 3, "--eval_data", "nowhere"]
+    assert "nothing to do" in shell(GENERATE, *SMALL, *words, "--output_dir", "./made/adversarial_train")[0]
+    words = [*free, "--save_every", 1, "--grad_checkpointing", "--output_dir", "made/pgd"]
+    assert "nothing to do" in shell(PGD, *TRAINING, *words)[0]
+    assert snapshot(made) == before
 
 
-def flags(tmp_path, *words):
-    return mat.parse_args([*map(str, SMALL), "--output_dir", str(tmp_path / "run"), *words])
-
-
-def test_an_unfinished_run_of_other_code_or_data_is_refused_and_a_complete_one_is_used_with_a_note(tmp_path, capsys):
-    code, inputs = {"common.contrastive_loss": "1", "torch": "2"}, {"images and captions": "a"}
-    args = flags(tmp_path)
-    run = common.Run(args, code, inputs=inputs)
-    run.save_part("a", 1)
-    run.release()
-    edited = code | {"common.contrastive_loss": "3"}
-    line = refusal(capsys, common.Run, args, edited, None, inputs)
-    assert "an unfinished run with other code (common.contrastive_loss has changed)" in line and "--overwrite" in line
-    line = refusal(capsys, common.Run, args, code, None, {"images and captions": "b"})
-    assert "other images and captions" in line
-    again = common.Run(flags(tmp_path, "--overwrite"), edited, inputs=inputs)
-    assert again.load_part("a") is None
-    again.release()
-    run = common.Run(args, code, inputs=inputs)
-    run.finish(common.load_clip(args))
-    run.release()
-    complete = common.Run(args, edited, inputs=inputs)
-    assert complete.previous and complete.changed == "common.contrastive_loss has changed"
-    complete.release()
-    assert "other images and captions" in refusal(capsys, common.Run, args, code, None, {"images and captions": "b"})
-    other = flags(tmp_path, "--batch_size", "4")  # which matters in a training
-    assert "--batch_size 16, not 4" in refusal(capsys, common.Run, other, code, None, inputs)
-
-
-def test_what_a_refused_run_made_is_removed_again(tmp_path, capsys):
-    (tmp_path / "there").mkdir()
-    for folder in ("there", "new/run"):
-        words = [*map(str, SMALL), "--split", "eval", "--num_images", "4", "--output_dir", str(tmp_path / folder)]
-        words += ["--model", f"local-dir:{TINY / 'clip'}", "--pretrained", str(ROOT / "README.md")]
-        assert "README.md" in refusal(capsys, common.run_main, generate.main, generate.parse_args(words))
-    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+def test_a_copied_training_is_another_run_with_a_default_folder_named_for_it(made, tmp_path):
+    copy = shutil.copy(ROOT / MAT, tmp_path / "my_mat.py")
+    assert runpy.run_path(copy)["parse_args"]([]).output_dir == "runs/report/my_mat"
+    assert f"script {MAT}, not my_mat.py" in refused(copy, *TRAINING, "--lr", 0.2, "--output_dir", made / "mat")
 
 
 def test_another_radius_has_default_folders_of_its_own():
-    assert generate.parse_args(["--split", "eval", "--eps", "4/255"]).output_dir == "runs/report/adversarial_eval_eps4"
     assert evaluate.parse_args(["--eps", "2/255"]).output_dir == "runs/report/evaluation_eps2"
-    assert generate.parse_args(["--eps", "8/255"]).output_dir == "runs/report/adversarial_train"
+    assert evaluate.parse_args(["--eps", "8/255"]).output_dir == "runs/report/evaluation"
+
+
+# Code and versions
+
+
+def test_an_edit_of_any_module_that_a_script_imports_changes_its_digest(tmp_path, monkeypatch):
+    texts = {"common.py": "import json\n", "mat.py": "import common\n", "pgd.py": "from common import a\nimport make\n"}
+    texts |= {"make.py": "import common, os\n", "evaluate.py": "import mat, pgd as p\n\ndef main():\n    import late\n"}
+    texts["late.py"] = ""
+
+    def digests(edited=None):
+        folder = tmp_path / f"edited_{edited}"
+        folder.mkdir()
+        for name, text in texts.items():
+            (folder / name).write_text(text + "# edited\n" * (name == edited))
+        monkeypatch.setattr(common, "ROOT", folder)
+        return {script: common.source_digest(folder / script) for script in ("mat.py", "pgd.py", "evaluate.py")}
+
+    before = digests()
+    for edited, expected in (
+        ("common.py", ["mat.py", "pgd.py", "evaluate.py"]), ("mat.py", ["mat.py", "evaluate.py"]),
+        ("make.py", ["pgd.py", "evaluate.py"]), ("late.py", ["evaluate.py"]),
+    ):  # fmt: skip
+        after = digests(edited)
+        assert [script for script in before if before[script] != after[script]] == expected
+
+
+def test_versions_leave_out_what_changes_no_figure(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "1.0+cu128")
+    assert re.search(r"^python 3\.\d+, torch 1\.0, torchvision [\d.]+, open_clip ", common.versions())
+
+
+@pytest.mark.parametrize("commit, versions", [("bbb", None), (None, "python 3.12, torch 9")])
+def test_of_other_code_or_versions_what_is_unfinished_is_refused_and_what_is_finished_is_used(
+    commit, versions, made, monkeypatch
+):
+    record = json.loads((made / "mat" / "run.json").read_text())
+    was = f"commit {record['commit']} with {record['versions']}"
+    other_code(monkeypatch, commit, versions)
+    now = f"commit {common.git_commit()} with {common.versions()}"
+    line = refused(MAT, *TRAINING, "--lr", 0.2, "--output_dir", made / "mat")
+    assert f"{was} began it, not {now}" in line
+    images = [GENERATE, *SMALL, "--output_dir", made / "adversarial_train", "--num_images"]
+    assert f"{was} began it, not {now}" in refused(*images, 5)
+    who = was if versions else f"commit {record['commit']}"
+    for printed, _ in (shell(*images, 4), shell(PGD, *TRAINING, "--output_dir", made / "pgd")):
+        assert "nothing to do" in printed and printed.endswith(f"was made by {who}\n")
 
 
 # A folder of adversarial images
 
 
-def generated(tmp_path, name, count, *words, code=0):
-    words = [*SMALL, "--split", "eval", "--num_images", count, "--cache_dir", tmp_path / "cache", *words]
-    return shell("generate_pgd_adversarial.py", *words, "--output_dir", tmp_path / name, code=code)
-
-
-def images_of(folder):
-    return {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
-
-
-def test_more_images_extend_a_folder_and_fewer_leave_it(tmp_path, monkeypatch):
-    generated(tmp_path, "whole", 9)
-    generated(tmp_path, "out", 4)
-    first, attacked, pgd = images_of(tmp_path / "out"), [], common.pgd
-    record = metrics(tmp_path / "out")
-    record["attack"]["images_unmoved"] = 2  # as if some were
-    (tmp_path / "out" / "metrics.json").write_text(json.dumps(record))
-    monkeypatch.setattr(common, "pgd", lambda loss, x, *rest: attacked.append(len(x)) or pgd(loss, x, *rest))
-    generated(tmp_path, "out", 9)
-    assert attacked == [5] and images_of(tmp_path / "out").items() > first.items()
-    assert images_of(tmp_path / "out") == images_of(tmp_path / "whole")
-    assert jsonl(tmp_path / "out" / "metadata.jsonl") == jsonl(tmp_path / "whole" / "metadata.jsonl")
-    records = [metrics(tmp_path / name) for name in ("out", "whole")]
-    for key in ("n", "clean_similarity", "adversarial_similarity", "share_lowered"):
-        assert records[0][key] == records[1][key]
-    assert records[0]["attack"] == records[1]["attack"] | {"images_unmoved": 2}
-    assert "nothing to do" in generated(tmp_path, "out", 3)[0] and metrics(tmp_path / "out")["n"] == 9
+def test_more_images_complete_a_folder_and_fewer_leave_it(tmp_path, attacked):
+    generated(tmp_path / "whole", 5)
+    generated(tmp_path / "out", 2)
+    attacked.clear()
+    generated(tmp_path / "out", 5)
+    assert attacked == [(3, 1)]
+    for name in ("whole", "out"):
+        (tmp_path / name / "args").write_text(str(metrics(tmp_path / name)["args"].pop("num_images")))
+    assert_equal(tmp_path / "out", tmp_path / "whole")
+    before = snapshot(tmp_path / "out")
+    assert "nothing to do" in generated(tmp_path / "out", 1) and snapshot(tmp_path / "out") == before
     (tmp_path / "adversarial_eval").symlink_to(tmp_path / "out")
-    out, _ = shell("eval_jpeg.py", *SMALL, "--num_images", 12, "--output_dir", tmp_path / "jpeg", "--qualities", 50)
-    assert "too few images and is extended" in out and attacked == [5, 3, 12]
+    attacked.clear()
+    words = [*SMALL, "--attack_steps", 1, "--num_images", 6, "--qualities", 50, "--output_dir", tmp_path / "jpeg"]
+    shell("eval_jpeg.py", *words)
+    assert attacked == [(1, 1), (6, 1)]  # another script completes it, too
 
 
-def test_a_folder_is_not_extended_by_other_code_or_other_images(tmp_path, monkeypatch):
-    data = shutil.copytree(TINY / "MMEB-eval", tmp_path / "MMEB-eval")
-    generated(tmp_path, "out", 4, "--eval_data", data)
-    before = images_of(tmp_path / "out")
-    code_checksums = common.code_checksums
+def test_a_removed_png_is_made_again_and_an_altered_one_is_an_error_that_names_it(tmp_path, attacked):
+    generated(tmp_path / "out", 4)
+    whole = shutil.copytree(tmp_path / "out", tmp_path / "whole")
+    files = sorted((tmp_path / "out" / "images").iterdir())
+    files[1].unlink()
+    attacked.clear()
+    generated(tmp_path / "out", 4)
+    assert attacked == [(1, 1)]
+    assert all(path.read_bytes() == (whole / "images" / path.name).read_bytes() for path in files)
+    for made, was in zip(*(jsonl(folder / "metadata.jsonl") for folder in (tmp_path / "out", whole))):
+        for key in ("clean_similarity", "adversarial_similarity"):  # floats of another batch size
+            assert made.pop(key) == pytest.approx(was.pop(key), abs=1e-6)
+        assert made == was
+    files[0].unlink()
+    shutil.copy(files[3], files[2])
+    line = refused(GENERATE, *SMALL, "--split", "eval", "--num_images", 4, "--output_dir", tmp_path / "out")
+    assert f"images/{files[2].name} was altered" in line and len(attacked) == 1 and not files[0].exists()
+
+
+def test_another_data_set_under_the_same_names_is_an_error_and_lines_of_other_images_stay(tmp_path, attacked):
+    generated(tmp_path / "out", 4)
+    other = shutil.copytree("eval", tmp_path / "other")
+    listed = other / "metadata.jsonl"
+    listed.write_text(listed.read_text().replace("Thing 1 ", "Another thing "))
+    words = [*SMALL, "--split", "eval", "--eval_data", other, "--output_dir", tmp_path / "out"]
+    attacked.clear()
+    assert "it holds images of another data set, such as images/000001.png" in refused(GENERATE, *words)
+    lines = jsonl(tmp_path / "out" / "metadata.jsonl")
+    (tmp_path / "out" / lines[0]["file_name"]).unlink()
+    generated(tmp_path / "out", 1, "--eval_data", other)  # its first picture is the same
+    again = jsonl(tmp_path / "out" / "metadata.jsonl")
+    assert attacked == [(1, 1)] and again[1:] == lines[1:] and again[0]["sha256"] == lines[0]["sha256"]
+
+
+def test_killed_between_png_and_metadata_it_goes_on_with_another_batch_size(tmp_path, monkeypatch):
+    generated(tmp_path / "whole", 5)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "code_checksums", lambda *names: code_checksums(*names) | {"common.pgd": "edited"})
-        out, _ = generated(tmp_path, "out", 4, "--eval_data", data)
-        assert "note:" in out and "(common.pgd has changed)" in out and "--overwrite" in out
-        _, line = generated(tmp_path, "out", 5, "--eval_data", data, code=2)
-        assert "other code (common.pgd has changed)" in line and "--overwrite" in line
-    unpacked = tmp_path / "MMEB-eval" / "unpacked"
-    shutil.unpack_archive(data / "images.zip", unpacked)
-    (data / "images.zip").unlink()
-    first = next(unpacked.rglob(f"COCO_val2014_{jsonl(tmp_path / 'out' / 'metadata.jsonl')[0]['coco_id']:012d}.jpg"))
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(first)
-    _, line = generated(tmp_path, "out", 5, "--eval_data", data, code=2)
-    assert "other images or captions" in line and images_of(tmp_path / "out") == before
+        stop_at(patch, common.Run, "save_part", 2)
+        words = [*SMALL, "--split", "eval", "--num_images", 5, "--batch_size", 2]
+        shell(GENERATE, *words, "--output_dir", tmp_path / "out", code=130)
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 4
+    assert not (tmp_path / "out" / "metadata.jsonl").exists()
+    generated(tmp_path / "out", 5)
+    assert_equal(tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_killed_extension_goes_on_and_is_not_taken_for_complete(tmp_path):
-    generated(tmp_path, "whole", 9)
-    generated(tmp_path, "out", 4)
-    listed = tmp_path / "out" / "metadata.jsonl"
-    listed.write_text((tmp_path / "whole" / "metadata.jsonl").read_text())  # and killed before metrics.json
-    generated(tmp_path, "out", 9)
-    assert images_of(tmp_path / "out") == images_of(tmp_path / "whole")
-    assert listed.read_text() == (tmp_path / "whole" / "metadata.jsonl").read_text()
+# Whose folder
 
 
-def test_an_interrupted_run_does_not_go_on_with_images_attacked_for_other_captions(tmp_path, monkeypatch):
-    source, pgd, calls = own_pictures(tmp_path / "mine", 6), common.pgd, []
-
-    def interrupted(*args):
-        calls.append(0)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return pgd(*args)
-
-    words = ["--eval_data", source, "--batch_size", 2]
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "pgd", interrupted)
-        generated(tmp_path, "out", 6, *words, code=130)
-    listed = source / "metadata.csv"
-    listed.write_text(listed.read_text().replace("number 1.", "another one."))
-    assert "resuming" in generated(tmp_path, "out", 6, *words)[0]
-    generated(tmp_path, "fresh", 6, *words)
-    assert images_of(tmp_path / "out") == images_of(tmp_path / "fresh")
+@pytest.mark.parametrize(
+    "script, name",
+    [(GENERATE, "metadata.jsonl"), (GENERATE, "images"), (MAT, "log.jsonl"), (PGD, "open_clip_config.json"),
+     ("eval_jpeg.py", "metrics.json"), ("evaluate.py", "rows"), ("evaluate.py", "table.md")],
+)  # fmt: skip
+def test_a_folder_with_a_name_that_the_script_writes_and_no_run_of_ours_is_refused(script, name, tmp_path):
+    for there in {name, "metrics.json"}:
+        (tmp_path / there).write_text('{"argv": []}')  # as an old version, or a stranger, left it
+        line = refused(script, "--preset", "smoke", "--output_dir", tmp_path)
+        assert f"it holds {there} and no run.json of these scripts" in line
+        (tmp_path / there).unlink()
+    (tmp_path / "run.json").write_text('{"argv": []}')
+    line = refused(script, "--preset", "smoke", "--output_dir", tmp_path)
+    assert "run.json is damaged or a stranger's" in line
 
 
-def test_an_image_that_is_no_longer_broken_is_another_data_set_and_further_images_are_no_other_inputs(tmp_path):
-    source = own_pictures(tmp_path / "mine", 6)
-    whole = (source / "picture 2.png").read_bytes()
-    (source / "picture 2.png").write_bytes(b"no image")
-    words = ["--eval_data", source, "--skip_bad_images"]
-    generated(tmp_path, "out", 4, *words)
-    args = generate.parse_args([str(word) for word in [*SMALL, "--split", "eval", "--num_images", 4, *words]])
-    before = common.adversarial_checksum(tmp_path / "out", common.load_rows(args, "eval"))
-    generated(tmp_path, "out", 6, *words)
-    assert metrics(tmp_path / "out")["n"] == 5
-    assert common.adversarial_checksum(tmp_path / "out", common.load_rows(args, "eval", 4)) == before
-    (source / "picture 2.png").write_bytes(whole)
-    for count in (4, 6):
-        assert "other images or captions" in generated(tmp_path, "out", count, *words, code=2)[1]
-
-
-def test_what_is_complete_outlives_an_unfinished_extension_of_other_code_and_the_other_way_round(tmp_path, capsys):
-    one, other, code = flags(tmp_path), flags(tmp_path, "--num_images", "5"), {"common.pgd": "1"}
-
-    def run(args, code=code):
-        return common.Run(args, code, extends=["num_images"])
-
-    complete = run(one)
-    complete.require_space(0)
-    complete.finish(common.load_clip(one))
-    complete.release()
-    extension = run(other)
-    extension.require_space(0)
-    extension.save_part("a", 1)
-    extension.release()
-    look = run(one)  # at what is complete
-    assert look.previous
-    look.report_complete()
-    look.release()
-    again = run(other)
-    assert again.previous and again.load_part("a") == 1
-    again.release()
-    edited = run(other, {"common.pgd": "2"})
-    assert edited.previous and edited.load_part("a") is None
-    assert "an unfinished run with other code (common.pgd has changed) is dropped" in capsys.readouterr().out
+def test_other_files_in_an_output_folder_are_left_alone(tmp_path):
+    below = "mat/.log.jsonl.host.7.tmp"  # of another run, which is at it
+    for name in ("tee.log", ".DS_Store", ".metrics.json", "keep.txt", "images.txt", "notes/metrics.json", below):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = snapshot(tmp_path)
+    generated(tmp_path, 1)
+    generated(tmp_path, 2)
+    after = snapshot(tmp_path)
+    assert all(after[path] == value for path, value in before.items() if path.is_file())
 
 
 # Rows of a table
 
 
+def trained(folder, seed=0):
+    """Leave what a MAT training leaves: the tiny CLIP, its weights changed a little."""
+    words = [*SMALL, "--seed", seed, "--output_dir", folder]
+    args = mat.parse_args([str(word) for word in words])
+    run, clip = mat.open_run(args), common.load_clip(args)
+    run.identify(model=clip.digest, precision=clip.precision)
+    run.begin()
+    for place, weights in enumerate(clip.model.visual.parameters()):
+        weights.data *= 1 + 0.01 * np.random.default_rng([seed, place]).random()
+    common.save_model(run.dir, clip, set())
+    run.finish(clip.device, training_seconds=1.0)
+
+
+class Table:
+    """A table of the original model, MAT and JPEG 50, of 4 images and one step."""
+
+    def __init__(self, folder):
+        self.folder, self.out, self.rows = folder, folder / "evaluation", folder / "evaluation" / "rows"
+
+    def run(self, *words, code=0):
+        """What evaluate.py prints, and the rows that it attacked."""
+        command = ["evaluate.py", *SMALL, "--attack_steps", 1, "--num_images", 4, "--qualities", 50]
+        printed, _ = shell(*command, "--trainings", "mat", *words, "--output_dir", self.out, code=code)
+        return printed, [line.split(":")[0] for line in printed.splitlines() if re.match(r"[^(].*: clean R@1 \d", line)]
+
+
+@pytest.fixture(scope="module")
+def whole_table(tmp_path_factory):
+    table = Table(tmp_path_factory.mktemp("table"))
+    trained(table.folder / "mat")
+    table.run()
+    return table
+
+
 @pytest.fixture
-def table(report, tmp_path):
-    """A copy of the small report; (its folder, a function that runs evaluate.py there and returns what it printed)."""
-    folder = Path(shutil.copytree(report[0], tmp_path / "report"))
-
-    def run(*words, code=0):
-        command = ["evaluate.py", "--preset", "smoke", "--qualities", 50, "--cache_dir", report[0] / "cache"]
-        return shell(*command, "--output_dir", folder / "evaluation", *words, code=code)[0]
-
-    return folder, run
-
-
-def test_transferred_images_of_another_attack_are_not_used(report, capsys):
-    words = ["--preset", "smoke", "--num_images", "16", "--output_dir", str(report[0] / "evaluation")]
-    for changed, message in (
-        (["--steps", "3"], "--steps 8, not 3"), (["--alpha", "1/255"], "--alpha 2/255, not 1/255"),
-        (["--seed", "1"], "--seed 0, not 1"),
-    ):  # fmt: skip
-        args = evaluate.parse_args([*words, *changed])
-        assert message in refusal(capsys, common.adversarial_folder, args, "eval")
-    args = evaluate.parse_args([*words, "--seed", "1", "--adversarial_dir", str(report[0] / "adversarial_eval")])
-    assert common.adversarial_folder(args, "eval") == report[0] / "adversarial_eval"
-
-
-def measured(printed):
-    """The rows that were attacked."""
-    return [line.split(":")[0] for line in printed.splitlines() if ": clean R@1" in line]
-
-
-def other_weights(folder, scale=1.01):
-    """A row's weights: those of a trained model, changed a little."""
-    state = load_file(folder / "mat" / "open_clip_model.safetensors")
-    state = {key: value * scale if "visual" in key else value for key, value in state.items()}
-    save_file(state, folder / "x.safetensors")
-    return folder / "x.safetensors"
+def table(whole_table, tmp_path):
+    return Table(shutil.copytree(whole_table.folder, tmp_path / "table"))
 
 
 def test_a_further_row_alone_is_attacked_and_none_is_lost(table):
-    folder, run = table
-    before, row = metrics(folder / "evaluation"), ["--checkpoint", f"x={other_weights(folder)}"]
-    assert measured(run(*row)) == ["x"]
-    after = metrics(folder / "evaluation")
-    assert list(after["rows"]) == ["original", "MAT", "contrastive, offline", "features, online", "x", "JPEG 50"]
-    for name, figures in before["rows"].items():
-        assert after["rows"][name] == figures and after["per_image"][name] == before["per_image"][name]
-    assert measured(run()) == [] and "x" not in metrics(folder / "evaluation")["rows"]
-    assert measured(run(*row)) == [] and metrics(folder / "evaluation")["rows"] == after["rows"]
-    other_weights(folder, 1.02)
-    assert measured(run(*row)) == ["x"]
-    assert "nothing to do" in run(*row)
-
-
-def test_seeds_are_averaged_and_share_the_adversarial_images_of_the_first(table):
-    folder, run = table
-    printed = run("--reproduce", "--trainings", "pgd", "--seeds", 2)
-    assert measured(printed) == ["contrastive, offline, seed 1"] and "lowest of 2 seeds" in printed
-    training = metrics(folder / "pgd_seed1")["args"]
-    assert training["seed"] == 1 and training["adversarial_dir"].endswith("/adversarial_train")
-    record = metrics(folder / "evaluation")
-    row, seeds = record["rows"]["contrastive, offline"], []
-    assert list(record["rows"]) == ["original", "contrastive, offline", "JPEG 50"]
-    for name in ("contrastive, offline", "contrastive, offline, seed 1"):
-        seeds.append(np.mean(record["per_image"][name]["white_box"]["similarity"]))
-        assert row["per_seed"][name]["white_box_similarity"] == pytest.approx(seeds[-1])
-    assert seeds[0] != seeds[1] and row["white_box_similarity"] == pytest.approx(np.mean(seeds))
-    assert (folder / "evaluation" / "white_box" / "contrastive_offline_seed_1" / "metadata.jsonl").is_file()
-    assert measured(run()) == [] and "seed 1" in str(metrics(folder / "evaluation")["not_shown"]["keys"])
+    (table.out / "white_box" / "mine").mkdir()
+    before = metrics(table.out)
+    first, second = (other_weights(table.folder / f"{scale}.safetensors", scale) for scale in (1.01, 1.02))
+    words = ["--checkpoint", f"a b={first}", "--checkpoint", f"a_b={second}"]
+    assert table.run(*words)[1] == ["a b", "a_b"]
+    after = metrics(table.out)
+    assert list(after["rows"]) == ["original", "MAT", "a b", "a_b", "JPEG 50"]
+    for kind in ("rows", "per_image"):
+        assert {name: after[kind][name] for name in before[kind]} == before[kind]
+    for folder in (table.rows, table.out / "white_box"):
+        assert len({path.stem for path in folder.glob("a_b-*")}) == 2
+    assert not any(row["note"] for row in after["rows"].values())
+    assert table.run()[1] == [] and list(metrics(table.out)["rows"]) == list(before["rows"])
+    other_weights(first, 1.03)
+    assert table.run(*words)[1] == ["a b"]
+    assert (table.out / "white_box" / "mine").is_dir()
 
 
 def test_a_table_made_before_the_trainings_is_completed_by_them(table):
-    folder, run = table
-    for stage in ("mat", "pgd", "online"):
-        (folder / stage).rename(folder / f"later_{stage}")
-    shutil.rmtree(folder / "evaluation")
-    assert measured(run()) == ["original", "JPEG 50"]
-    for stage in ("mat", "pgd", "online"):
-        (folder / f"later_{stage}").rename(folder / stage)
-    assert measured(run()) == ["MAT", "contrastive, offline", "features, online"]
+    (table.folder / "mat").rename(table.folder / "later")
+    shutil.rmtree(table.rows)
+    printed, measured = table.run("--qualities")
+    assert measured == ["original"] and "left out of the row MAT" in printed
+    (table.folder / "later").rename(table.folder / "mat")
+    assert table.run("--qualities")[1] == ["MAT"]
 
 
-@pytest.mark.parametrize("edited", ["evaluate.Row", "evaluate.draw_table", "defend_clip_pgd_v2.main"])
-def test_other_code_is_measured_again_or_noted_where_it_matters(edited, table, monkeypatch):
-    folder, run = table
-    before, code_checksums = metrics(folder / "evaluation"), common.code_checksums
+def test_seeds_of_a_training_are_averaged(table):
+    trained(table.folder / "mat_seed1", 1)
+    printed, measured = table.run("--seeds", 2)
+    assert measured == ["MAT, seed 1"] and "lowest of 2 seeds" in printed
+    record = metrics(table.out)
+    row, seeds = record["rows"]["MAT"], []
+    for name in ("MAT", "MAT, seed 1"):
+        seeds.append(np.mean(record["per_image"][name]["white_box"]["similarity"]))
+        assert row["per_seed"][name]["white_box_similarity"] == pytest.approx(seeds[-1])
+    assert seeds[0] != seeds[1] and row["white_box_similarity"] == pytest.approx(np.mean(seeds))
 
-    def edit(script, *names):
-        code = code_checksums(script, *names)
-        return code | {edited: "edited"} if edited in code else code
 
-    monkeypatch.setattr(common, "code_checksums", edit)
-    printed, record = run(), metrics(folder / "evaluation")
-    assert measured(printed) == (list(record["rows"]) if edited == "evaluate.Row" else [])
-    assert record["per_image"] == before["per_image"]
-    notes = {name: row["note"] for name, row in record["rows"].items() if row["note"]}
-    if edited == "defend_clip_pgd_v2.main":
-        assert list(notes) == ["contrastive, offline", "features, online"]
-        for note in notes.values():
-            assert f"other code ({edited} has changed)" in note and note.endswith("--overwrite")
-        assert "\ncontrastive, offline (*)\n" in printed and "(*) contrastive, offline: " in printed
-        assert r"caption-aware) (\*)" in (folder / "evaluation" / "table.md").read_text()
-    else:
-        assert not notes
-    assert "nothing to do" in run()
+def test_each_radius_is_kept_and_shown_when_it_is_asked_for(table, attacked):
+    alone = ["--trainings", "--qualities", "--radii"]
+    first, _ = table.run(*alone, "1/255")
+    table.run(*alone, "2/255")
+    attacked.clear()
+    both, _ = table.run(*alone, "1/255", "2/255")
+    assert attacked == []
+    header = [next(line for line in text.splitlines() if line.startswith("R@1, cosine at")) for text in (first, both)]
+    assert [line.split()[3:] for line in header] == [["clean", "1/255"], ["clean", "1/255", "2/255"]]
+    assert metrics(table.out)["rows"].keys() == {"original"}
+
+
+@pytest.mark.parametrize("commit, versions", [("bbb", None), (None, "python 3.12, torch 9")])
+def test_rows_trainings_and_images_of_other_code_or_versions_are_used_with_a_note(commit, versions, table, monkeypatch):
+    before = metrics(table.out)
+    made = f"by commit {before['commit']}" + (f" with {before['versions']}" if versions else "")
+    other_code(monkeypatch, commit, versions)
+    printed, measured = table.run()
+    after = metrics(table.out)
+    assert measured == [] and after["per_image"] == before["per_image"]
+    assert re.search(r"\nMAT .*\(\*\) ", printed) and r"(\*)" in (table.out / "table.md").read_text()
+    assert after["rows"]["original"]["note"] == f"measured {made}"
+    assert after["rows"]["MAT"]["note"] == f"{table.folder}/mat was made {made}; measured {made}"
+    printed = " ".join(printed.split())
+    assert f"transfer: {table.folder}/adversarial_eval was made {made}" in printed and "(*) MAT: " in printed
+
+
+def test_of_an_unfinished_row_the_parts_of_other_code_do_not_count(table, monkeypatch, attacked):
+    shutil.rmtree(table.rows)
+    words, calls = ["--trainings", "--qualities", "--batch_size", 2], []
+    for commit, versions, stop in (
+        (None, None, 4), ("bbb", None, 4), (None, "python 3.12, torch 9", 4), (None, None, 99)
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            other_code(patch, commit, versions)
+            stop_at(patch, common, "pgd", stop)
+            table.run(*words, code=130 if stop == 4 else 0)
+        calls.append([*attacked])
+        attacked.clear()
+    assert calls[0] == calls[1] == calls[2] != calls[3][:3] and len(calls[0]) == 3
+
+
+def test_reproduce_in_one_process_trains_each_seed_on_the_images_of_the_first(tmp_path):
+    table = Table(tmp_path)
+    words = ["--reproduce", "--trainings", "pgd", "--seeds", 2, "--qualities"]
+    printed, measured = table.run(*words)
+    assert measured == ["original", "contrastive, offline", "contrastive, offline, seed 1"]
+    args = metrics(tmp_path / "pgd_seed1")["args"]
+    assert args["seed"] == 1 and args["adversarial_dir"] == str(tmp_path / "adversarial_train")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adversarial_eval", "adversarial_train", "evaluation", "pgd", "pgd_seed1"
+    }  # fmt: skip
+    printed, _ = table.run(*words)
+    assert printed.count("nothing to do") == 3

@@ -289,7 +289,7 @@ def table(values, falls=None):
             attacked = clean | {"similarity": cosines}
             specs[name] = evaluate.Spec(row, seconds=1.0)
             record["per_image"][name] = {"clean": clean, "transfer": attacked, "white_box": attacked}
-            record["fall"][name], record["recall_fall"][name] = (falls or {}).get(row, 0), (0, 0)
+            record["fall"][name], record["recall_fall"][name] = (falls or {}).get(row, 0), [0, 0]
             record["chance"][name], record["notes"][name] = 1 / len(cosines), []
     record["rows"] = evaluate.summarise_rows(record, specs, 0)
     pairs = {tuple(pair["rows"]): pair for pair in evaluate.compare_rows(record, 0)}
