@@ -28,6 +28,8 @@ from PIL import Image
 
 import common
 
+LINE = {"file_name", "caption", "clean_similarity", "adversarial_similarity", "linf", "sha256", "source"}
+
 
 def parse_args(argv=None, given=None):
     parser = common.make_parser(__doc__)
@@ -171,8 +173,15 @@ def image_file(name):
 
 def read_lines(folder):
     """Return the lines of metadata.jsonl, and those that a killed run has stored: {file_name: line}."""
-    file = folder / "metadata.jsonl"
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    file, lines = folder / "metadata.jsonl", []
+    try:
+        if file.exists():
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        sound = all(line.keys() >= LINE and isinstance(line["file_name"], str) for line in lines)
+    except (ValueError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{file} is damaged: restore it, or remove that folder")
     for part in sorted((folder / "parts").glob("*.pt")):
         lines += common.load_tensors(part) or []
     return {line["file_name"]: line for line in lines}
@@ -194,7 +203,10 @@ def read_folder(folder, images, eps):
         data, clean = (folder / file).read_bytes(), images.pixels[i]
         if hashlib.sha256(data).hexdigest() != line["sha256"]:
             raise ValueError(f"{file} was altered after it was made: restore it, or remove that folder")
-        pixels = common.to_array(common.read_image(data))
+        try:
+            pixels = common.to_array(common.read_image(data))
+        except ValueError as error:
+            raise ValueError(f"{file} is no image ({error}): restore it, or remove that folder") from None
         if pixels.shape != clean.shape or common.linf_grey_levels(pixels, clean) > common.grey_levels(eps):
             raise ValueError(f"{file} is of another size than the image, or outside the ball around it")
         found[i] = pixels

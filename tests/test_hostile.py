@@ -32,24 +32,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import common
+import generate_pgd_adversarial as generate
 
 GENERATE, JPEG, EVALUATE = "generate_pgd_adversarial", "eval_jpeg", "evaluate"
 MAT, PGD = "defend_clip_mat_v2", "defend_clip_pgd_v2"
-TRAINING = ["--val_images", "2", "--epochs", "1", "--max_steps", "1"]
+TRAINING = ["--val_images", "2", "--epochs", "1", "--max_steps", "1", "--batch_size", "2"]
 WORDS = {GENERATE: ["--split", "eval"], MAT: TRAINING, PGD: TRAINING, JPEG: ["--qualities", "50"]}
-WORDS |= {EVALUATE: ["--candidates", "mmeb", "--qualities"]}  # no JPEG rows
+WORDS |= {EVALUATE: ["--attack_steps", "1", "--candidates", "mmeb", "--qualities"]}  # no JPEG rows
 STRANGER = "COCO_val2014_000000999999.jpg"  # an image that is in no data set
 COLOUR = (204, 51, 51)  # in the web palette, too, which is Pillow's for P
 CARD = "---\nconfigs:\n- config_name: MSCOCO_i2t\n  data_files:\n  - split: {}\n    path: {}\n---\n"
-MADE, OWN, BEGUN = "adversarial_eval/metrics.json", "out/metrics.json", "out/.partial/run.json"
+MADE, OWN, BEGUN = "adversarial_eval/run.json", "out/metrics.json", "out/run.json"
 TRAINED, WEIGHTS = "mat/metrics.json", "mat/open_clip_pytorch_model.bin"  # beside evaluate.py's own folder
 LIST, PNG = "adversarial_eval/metadata.jsonl", "images/000000"
-RECORD = {"argv": ["x.py"], "args": {}, "inputs": {}, "processes": 1, "started": "once", "seconds": 1}
 
 
 def command(shared, script, out, *words):
     words = ["--preset", "tiny", "--device", "cpu", "--num_images", 4, "--steps", 1, *WORDS[script], *words]
-    words += ["--num_workers", 2, "--cache_dir", shared / "cache", "--output_dir", out]
+    words += ["--num_workers", 2, "--output_dir", out]
     return [str(word) for word in words]
 
 
@@ -79,14 +79,13 @@ def shared(tmp_path_factory):
 
 
 class Place:
-    """Where one case is played, with a finished run in out: what a builder touches is copied from the shared data."""
+    """Where one case is played, with a file of the user's in out: what a builder touches is copied from shared data."""
 
     def __init__(self, shared, tmp, request, monkeypatch):
         self.shared, self.tmp, self.request, self.monkeypatch = shared, tmp, request, monkeypatch
-        self.out, self.ran, self.overwrite = tmp / "out", tmp / "ran", True
+        self.out, self.ran = tmp / "out", tmp / "ran"
         self.out.mkdir()
         (self.out / "keep.txt").write_text("not ours")
-        (self.out / "metrics.json").write_text(json.dumps(RECORD))
         (tmp / "f").write_text("a file")
 
     def file(self, name):
@@ -115,7 +114,6 @@ class Place:
         words = ["--train_data", there("MMEB-train"), "--eval_data", there("MMEB-eval")]
         if script in (PGD, JPEG, EVALUATE):
             words += ["--adversarial_dir", there("adversarial_train" if script == PGD else "adversarial_eval")]
-        words += ["--overwrite"] if self.overwrite else []
         return [*command(self.shared, script, self.out, *words), *map(str, extra if isinstance(extra, list) else [])]
 
 
@@ -135,7 +133,7 @@ class Case(NamedTuple):
     build: object  # (place) -> further words
     said: tuple = ()  # of the line with which it ends; none where it copes
     check: object = None  # (place)
-    late: bool = False  # found out when the old run is gone already: there must be no new one
+    late: bool = False  # found out when the run has begun: it must not be taken for complete
     parsed: bool = False  # argparse itself must turn it down
 
 
@@ -169,10 +167,10 @@ def first_is_red(place):
 
 
 def files(folder):
-    """What a folder holds, a run's own .partial aside: a link as its target, a file as its size and time."""
+    """What a folder holds: a link as its target, a file as its size and time."""
     found = {}
     for path in folder.rglob("*"):
-        if path.is_symlink() or (path.is_file() and ".partial" not in path.parts):
+        if path.is_symlink() or path.is_file():
             found[path] = os.readlink(path) if path.is_symlink() else (path.stat().st_size, path.stat().st_mtime_ns)
     return found
 
@@ -184,8 +182,7 @@ def builder(function):
 
 @builder
 def there(place, files):
-    """These files lie there, each bytes or what writes it; the record OWN is not to be overwritten."""
-    place.overwrite = OWN not in files
+    """These files lie there, each bytes or what writes it."""
     for name, value in files.items():
         place.file(name).write_bytes(value) if isinstance(value, bytes) else value(place.file(name))
 
@@ -242,9 +239,8 @@ CASES += [
     refuses("a hub out of reach", flag("--train_data", "some/data"), "some/data", "HF_ENDPOINT", script=MAT),
     refuses("output_dir not UTF-8", flag("--output_dir", "{tmp}/\udcff"), "\\udcff"),
     refuses("row name taken", flag("--checkpoint", "MAT={tmp}/f"), "--checkpoint MAT", script=EVALUATE),
-    refuses("cache_dir a file", flag("--cache_dir", "{tmp}/f"), "{tmp}/f"),
     refuses("num_images huge", flag("--num_images", 10**30), "5 distinct images"),
-    refuses("training diverges", flag(*DIVERGE), "step 3 is not finite", "lower --lr", script=MAT, late=True),
+    refuses("training diverges", flag(*DIVERGE), "is not finite", "lower --lr", script=MAT, late=True),
 ]
 
 # -- checkpoints and models
@@ -329,7 +325,6 @@ FILES = {  # name of the file -> (how it is written, what is said)
     "registers.pt": (content(tower() | {"register_tokens": torch.zeros(4, 128)}), "register_tokens is [4, 128]"),
     "normalised.pt": (content(STATE | {"normalize.mean": torch.zeros(3)}), "normalize.mean is [3], not in the model"),
     "long.ckpt": (partial(safetensors_as_pt, positional_embedding_res=torch.zeros(9)), "positional_embedding_res is"),
-    "bad_ids.pt": (weights(train_ids=["x"]), NONE),
     "nan.pt": (weights("visual.proj", lambda value: value * torch.nan), "finite"),
     "tower.pt": (content(tower()), "evaluate.py --checkpoint NAME="),
 }
@@ -376,7 +371,7 @@ CASES += [
     weights_case(GENERATE, "fp64.pt", content({key: x.double() for key, x in STATE.items()}), check=same_figures),
     weights_case(EVALUATE, "tower.pt", content(tower()), check=finished),
     weights_case(GENERATE, "big.pt", weights("visual.ln_post.weight", lambda x: x.float() * 1e38), "finite", late=True),
-    weights_case(GENERATE, "loud.pt", weights("text_projection", lambda x: x.float() * 1e38), "captions"),
+    weights_case(GENERATE, "loud.pt", weights("text_projection", lambda x: x.float() * 1e38), "captions", late=True),
     weights_case(EVALUATE, "leaked.pt", weights(train_ids=[357100]), "leakage: other"),
 ]
 
@@ -575,18 +570,16 @@ def one_pixel(place):
 def left(place, pattern, change, script=GENERATE, words=()):
     """A run was killed at its end, and change(file) damaged what it left."""
 
-    def killed(run, *_, **__):
-        run.release()
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
-    place.overwrite = False
-    (place.out / "metrics.json").unlink()
-    found = [*words, "--cache_dir", place.tmp / "cache"]
     with place.monkeypatch.context() as patch, suppress(SystemExit):
         patch.setattr(common.Run, "finish", killed)
-        run(script, place.words(script, found))
+        run(script, place.words(script, list(words)))
+    for image in place.out.glob("images/*"):
+        image.unlink()  # they are attacked again where the part does not count
     change(next(place.tmp.glob(pattern)))
-    return found
+    return list(words)
 
 
 def flip(file):
@@ -599,10 +592,19 @@ def flip(file):
 def trained(place, weights=None, **args):
     """A training of the same model beside evaluate.py's folder, with other args or none, and its weights."""
     record = json.loads((place.shared / MADE).read_text())
-    record |= {"training_seconds": 1, "args": record["args"] | args, "code": {f"{MAT}.main": "edited"}}
+    flags = vars(importlib.import_module(MAT).parse_args(["--preset", "tiny", "--steps", "1"])) | args
+    identity = flags | {"script": f"{MAT}.py", "model": record["identity"]["model"]}
+    record |= {"training_seconds": 1, "args": flags, "identity": identity}
     config = (TINY / "clip" / "open_clip_config.json").read_bytes()
     model = {WEIGHTS: weights, "mat/open_clip_config.json": config} if weights else {}
-    there({TRAINED: json.dumps(record).encode()} | model)(place)
+    there({name: json.dumps(record).encode() for name in (TRAINED, "mat/run.json")} | model)(place)
+
+
+@builder
+def training_record(place, value):
+    """A training whose metrics.json is damaged."""
+    trained(content(STATE))(place)
+    place.file(TRAINED).write_bytes(value)
 
 
 RECORDS = [b'{"args": {', b"\xff\xfe{}", b"{}", b"[]", b"[" * 100_000]
@@ -611,35 +613,34 @@ KEPT = ["--save_every", "0", "--max_steps", "2", "--epochs", "2"]
 
 jpeg_refuses, evaluate_refuses = partial(refuses, script=JPEG), partial(refuses, script=EVALUATE)
 for value in RECORDS:
-    CASES.append(jpeg_refuses(f"adversarial record {value[-40:]}", there({MADE: value}), MADE))
-    CASES.append(refuses(f"own record {value[-40:]}", there({OWN: value}), OWN))
-CASES += [refuses(f"record begun {value[-40:]}", left(BEGUN, content(value)), BEGUN) for value in RECORDS[:4]]
-CASES += [evaluate_refuses(f"training {value[-40:]}", there({TRAINED: value}), TRAINED) for value in RECORDS[:4]]
+    CASES.append(jpeg_refuses(f"adversarial record {value[-40:]}", there({MADE: value}), "_eval: run.json is damaged"))
+    CASES.append(refuses(f"own record {value[-40:]}", there({OWN: value}), "out: it holds metrics.json and no run.json"))
+    CASES.append(refuses(f"own run {value[-40:]}", there({BEGUN: value}), "out: run.json is damaged"))
+CASES += [evaluate_refuses(f"training {value[-40:]}", training_record(value), "metrics.json") for value in RECORDS[:2]]
 TWINS = [b"", b"<html>", picture(kind="GIF"), picture(kind="PNG")]  # the last of another size
 CASES += [jpeg_refuses(f"twin {data[:12]}", twin(lambda _, data=data: data), PNG) for data in TWINS]
 CASES += [
     jpeg_refuses("twin altered inside the ball", twin(lambda data: data + b"\0", False), PNG, "altered"),
     evaluate_refuses("twin altered inside the ball", twin(lambda data: data + b"\0", False), PNG, "altered"),
-    jpeg_refuses("metadata missing", lambda place: place.file(LIST).unlink(), LIST),
-    jpeg_refuses("metadata of another caption", replaced(LIST, '"caption": "', '"caption": "x'), PNG, "caption"),
-    copes("file_name out of the folder", replaced(LIST, "images/", "../../../etc/"), script=JPEG),
+    jpeg_refuses("metadata missing", lambda place: place.file(LIST).unlink(), "has 0 of the 4 images"),
+    jpeg_refuses("metadata damaged", there({LIST: b'{"file_name": 3}'}), f"{LIST} is damaged"),
+    jpeg_refuses("metadata of another caption", replaced(LIST, '"caption": "', '"caption": "x'), PNG, "another data"),
+    jpeg_refuses("file_name out of the folder", replaced(LIST, "images/", "../../../etc/"), "it has 3 of the 4 images"),
     copes("twin linked", linked_twin, script=JPEG),
-    jpeg_refuses("twins missing", lambda place: shutil.rmtree(place.adversarial / "images"), PNG),
+    jpeg_refuses("twins missing", lambda place: shutil.rmtree(place.adversarial / "images"), "has 0 of the 4 images"),
     jpeg_refuses("twin of another", lambda p: shutil.copy(*sorted(p.adversarial.glob("*/*"))[:2]), PNG, "altered"),
     jpeg_refuses("twin of one pixel", one_pixel, PNG),
     jpeg_refuses("twin outside the ball", twin(lambda _: picture(kind="PNG", size=(64, 64))), PNG, "ball"),
     jpeg_refuses("made with another eps", replaced(MADE, r'"eps": [\d.]+', '"eps": 0.1'), "--eps 0.1, not 8/255"),
-    jpeg_refuses("made with another alpha", replaced(MADE, r'"alpha": [\d.]+', '"alpha": 0.1'), "--alpha 0.1"),
-    jpeg_refuses("made with other weights", replaced(MADE, r'"[0-9a-f]{64}"', '"0"'), "another version of"),
-    jpeg_refuses("made of another model", replaced(MADE, '"model": "', '"model": "x'), "--model xlocal-dir"),
-    copes("part cut", left("out/.partial/*.pt", halve), same_figures),
-    copes("part with a byte changed", left("out/.partial/*.pt", flip), same_figures),
-    copes("part with code", left("out/.partial/*.pt", partial(code_in, up=3)), same_figures),
-    copes("state of a training cut", left("out/.partial/*.pt", halve, MAT, KEPT), script=MAT),
-    copes("cache of images cut", left("cache/*.arrow", halve), same_figures),
-    evaluate_refuses("training without weights", trained(), "no open_clip_config.json", f"{MAT}.py"),
+    copes("made with another alpha", replaced(MADE, r'"alpha": [\d.]+', '"alpha": 0.1'), script=JPEG),  # it is noted
+    jpeg_refuses("made of another model", replaced(MADE, '"model": "', '"model": "x'), "another model"),
+    copes("part cut", left("out/parts/*.pt", halve), same_figures),
+    copes("part with a byte changed", left("out/parts/*.pt", flip), same_figures),
+    copes("part with code", left("out/parts/*.pt", partial(code_in, up=3)), same_figures),
+    copes("state of a training cut", left("out/parts/*.pt", halve, MAT, KEPT), script=MAT),
+    evaluate_refuses("training without weights", trained(), "open_clip_config.json"),
     evaluate_refuses("training with code", trained(partial(code_in, up=2)), WEIGHTS, "code"),
-    evaluate_refuses("training of another eps", trained(content(b""), eps=0.1), "--eps 0.1, not 8/255", f"{MAT}.py"),
+    evaluate_refuses("training of another eps", trained(content(STATE), eps=0.1), "--eps 0.1, not 8/255", "mat"),
     refuses("online and offline", flag("--online_steps", 1), "--adversarial_dir", script=PGD),
 ]
 
@@ -734,14 +735,13 @@ def test_rows_are_read_as_they_stand_or_refused_in_one_line(sound, other):
         columns = {"qry_img_path": pa.array(paths, pa.string()), "tgt_text": pa.array(captions, pa.list_(pa.string()))}
         pq.write_table(pa.table(columns), Path(folder) / "rows.parquet")
         args = SimpleNamespace(eval_data=folder, cache_dir=f"{folder}/cache")
-        found, line = outcome(common.read_rows, args, "eval")
-        rows = found and found[0].to_list()
+        rows, line = outcome(common.read_rows, args, "eval")
     assert not line or (other and folder in line)
     ids = [] if line else [int(re.search(r"([0-9]+)\.jpe?g/*$", path)[1]) for path in paths]
-    assert [row["coco_id"] for row in rows or ()] == [*dict.fromkeys(ids)]
+    assert [row.coco_id for row in rows or ()] == [*dict.fromkeys(ids)]
     for row in rows or ():
-        i = ids.index(row["coco_id"])
-        assert row["path"] == paths[i] and row["texts"] == [text.strip() for text in captions[i]]
+        i = ids.index(row.coco_id)
+        assert row.path == paths[i] and row.candidates == [text.strip() for text in captions[i]]
 
 
 JSON = st.recursive(st.none() | st.integers() | st.floats() | WORD, lambda x: st.lists(x) | st.dictionaries(WORD, x))
@@ -750,20 +750,24 @@ JSON = st.recursive(st.none() | st.integers() | st.floats() | WORD, lambda x: st
 @settings(max_examples=100, **FEW)
 @given(st.integers(0, 2), st.tuples(st.sampled_from(["source", "sha256"]), JSON) | JSON | st.binary(max_size=8))
 def test_a_line_of_metadata_changes_no_twin_or_is_refused_in_one_line(at, change):
-    args = SimpleNamespace(model="m", pretrained="", eps=8 / 255, alpha=2 / 255, steps=1)
     clean = np.arange(3 * 3 * 8 * 8, dtype=np.uint8).reshape(3, 3, 8, 8)
-    rows = [{"name": f"{i}", "checksum": f"s{i}", "caption": f"c{i}", "path": f"{i}"} for i in range(3)]
-    examples = [row | {"pixels": pixels} for row, pixels in zip(rows, clean)]
+    names, captions, sources = (["0", "1", "2"], [["c0"], ["c1"], ["c2"]], ["s0", "s1", "s2"])
+    images = common.Images(clean, names, captions, captions, [None] * 3, names, sources)
     with tempfile.TemporaryDirectory() as name:
         folder, lines = Path(name), []
         (folder / "images").mkdir()
-        (folder / "metrics.json").write_text(json.dumps(RECORD | {"args": vars(args)}))
         for i, pixels in enumerate(clean):
             data = encoded(Image.fromarray(pixels.transpose(1, 2, 0) ^ 1))
-            (folder / common.image_file(f"{i}")).write_bytes(data)
-            lines.append({"source": f"s{i}", "caption": f"c{i}", "sha256": hashlib.sha256(data).hexdigest()})
+            (folder / generate.image_file(f"{i}")).write_bytes(data)
+            about = {"file_name": f"images/{i}.png", "caption": f"c{i}", "source": f"s{i}", "linf": 1}
+            about |= {"clean_similarity": 0.5, "adversarial_similarity": 0.1}
+            lines.append(about | {"sha256": hashlib.sha256(data).hexdigest()})
         lines[at] = lines[at] | {change[0]: change[1]} if isinstance(change, tuple) else change
         lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
         (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
-        twins, line = outcome(common.load_adversarial, folder, examples, args)
-    assert name in line if line else (twins == clean ^ 1).all()
+        try:
+            found = generate.read_folder(folder, images, 8 / 255)[1]
+        except ValueError as error:
+            found, said = {}, str(error)
+            assert "metadata.jsonl is damaged" in said or "images/" in said
+    assert all((pixels == clean[i] ^ 1).all() for i, pixels in found.items())
