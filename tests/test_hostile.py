@@ -614,7 +614,7 @@ KEPT = ["--save_every", "0", "--max_steps", "2", "--epochs", "2"]
 jpeg_refuses, evaluate_refuses = partial(refuses, script=JPEG), partial(refuses, script=EVALUATE)
 for value in RECORDS:
     CASES.append(jpeg_refuses(f"adversarial record {value[-40:]}", there({MADE: value}), "_eval: run.json is damaged"))
-    CASES.append(refuses(f"own record {value[-40:]}", there({OWN: value}), "out: it holds metrics.json and no run.json"))
+    CASES.append(refuses(f"own record {value[-40:]}", there({OWN: value}), "it holds metrics.json and no run.json"))
     CASES.append(refuses(f"own run {value[-40:]}", there({BEGUN: value}), "out: run.json is damaged"))
 CASES += [evaluate_refuses(f"training {value[-40:]}", training_record(value), "metrics.json") for value in RECORDS[:2]]
 TWINS = [b"", b"<html>", picture(kind="GIF"), picture(kind="PNG")]  # the last of another size
