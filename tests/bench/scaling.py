@@ -37,13 +37,14 @@ EPOCH = {"epoch": 1, "val_white_box": 0.0}  # in place of a validation
 
 def command(what, processes, args, folder):
     """The flags of a script whose every process has --batches batches."""
-    words = [SCRIPTS[what], "--preset", "tiny", "--overwrite", "--output_dir", f"{folder}/{what}", "--num_workers", "2"]
+    out = tempfile.mkdtemp(dir=folder)
+    words = [SCRIPTS[what], "--preset", "tiny", "--output_dir", out, "--num_workers", "2"]
     words += [] if args.small else ["--model", args.model, "--pretrained", "random"]
     batch, steps = (args.batch_size, args.steps) if what == "attack" else (processes * args.train_batch_size, 1)
     images = args.batches * (processes * batch if what == "attack" else batch)
     words += ["--num_images", images, "--batch_size", batch, "--steps", steps]
     words += ["--split", "train"] if what == "attack" else ["--epochs", 1, "--val_images", 1]
-    return [*map(str, words), "--cache_dir", f"{folder}/cache"]
+    return list(map(str, words))
 
 
 def sample(what, processes, args, folder):
@@ -73,7 +74,7 @@ def work(words):
         return call
 
     common.pgd = clocked(common.pgd)
-    trainer.end_step, trainer.end_epoch = clocked(trainer.end_step), lambda self, *_: self.epochs.append(EPOCH)
+    trainer.end_step, trainer.end_epoch = clocked(trainer.end_step), lambda self: self.epochs.append(EPOCH)
     sys.argv = words
     with common.process_group():
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
