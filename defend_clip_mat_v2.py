@@ -2,7 +2,11 @@
 """MAT, mixed augmentation training: fine-tune CLIP's visual tower on clean and randomly augmented images.
 
 Each batch holds every image clean and augmented; the loss is the mean of the two contrastive losses. The augmentations
-are independent of any attack: brightness and contrast, Gaussian blur, Gaussian noise.
+are independent of any attack: brightness and contrast, Gaussian blur, Gaussian noise. The name is the report's; MAT of
+arXiv:2405.18770 is multimodal adversarial training, another thing.
+
+It differs from the report's: the learning rate falls linearly to 0, gradients are clipped to norm 1, weight decay acts
+on matrices alone, and brightness and contrast have strengths of their own, at most 20 %.
 
     python defend_clip_mat_v2.py --batch_size 16 --lr 1e-5 --epochs 3
     python defend_clip_mat_v2.py --preset tiny

@@ -16,7 +16,9 @@ choices make four trainings that differ in one thing each:
                          from noise, which lower the cosine with the own caption (contrastive) or raise the distance
                          (features)
 
-The report's training is the contrastive, offline one, which is the default.
+The report's training is the contrastive, offline one, which is the default. Where it differs: here the learning rate
+falls linearly to 0, gradients are clipped to norm 1, weight decay acts on matrices alone, and the loss that stops the
+training is the mean of --loss_window steps.
 
     python defend_clip_pgd_v2.py --batch_size 16 --lr 1e-5 --epochs 3 --loss_threshold 0.1
     python defend_clip_pgd_v2.py --preset tiny --online_steps 2

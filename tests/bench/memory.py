@@ -2,13 +2,13 @@
 
     python tests/bench/memory.py     # exit code 1 if a peak grows by a tenth or more, or ranking takes 1 GB or more
 
-Each run is a process of its own, and the peak is that of its metrics.json. The embedded evaluation set is too small:
+Each run is a process of its own, and the peak is what the system says of it. The embedded evaluation set is too small:
 its place takes one of the training images, made for the purpose. Then COCO val2017 is ranked, as far as its numbers go:
 5,000 images with five captions each, of random pixels.
 """
 
 import argparse
-import json
+import os
 import resource
 import shutil
 import subprocess
@@ -17,7 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,10 +45,13 @@ def make_evaluation_set(folder):
 def peak(script, out, *words):
     """Peak memory of a run, bytes."""
     words = [sys.executable, ROOT / script, "--preset", "tiny", "--device", "cpu", "--output_dir", out, *words]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    return json.loads((out / "metrics.json").read_text())["peak_memory_bytes"]
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(list(map(str, words)), stdout=said, stderr=said)
+        _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            said.seek(0)
+            sys.exit(said.read().decode())
+    return 1024 * usage.ru_maxrss
 
 
 def rank(images, captions_each):
@@ -64,11 +66,12 @@ def rank(images, captions_each):
     captions = [[f"Caption {k} of image {i}." for k in range(captions_each)] for i in range(images)]
     features = clip.encode_pixels(pixels)
     clip.encode_text([caption for each in captions for caption in each])
-    examples = datasets.Dataset.from_dict({"captions": captions, "path": [f"{i}.jpg" for i in range(images)]})
+    paths = [f"{i}.jpg" for i in range(images)]
     evaluate.encode_row = lambda *_: features
     before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    row = evaluate.Row("original", clip, pixels, pixels, *evaluate.load_candidates("evaluation", examples))
-    row = evaluate.forgive_equal_captions(row, examples["path"])
+    loaded = common.Images(pixels, paths, captions, captions, [None] * images, paths, paths)
+    row = evaluate.Row("original", clip, pixels, pixels, *evaluate.load_candidates("evaluation", loaded))
+    row = evaluate.forgive_equal_captions(row, paths)
     evaluate.print_cut_captions(row)
     evaluate.score(row, pixels, 0, features)
     seconds = time.perf_counter() - clock
@@ -81,9 +84,7 @@ def main():
     parser.add_argument("--large", type=int, default=1000, help="images, at most 1800 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="of the attacks (default: %(default)s)")
     args = parser.parse_args()
-    memory, seconds = rank(5000, 5)
-    print(f"5,000 images by 25,000 captions: {memory / 1e9:.2f} GB beyond the images (under 1), {seconds:.1f} s")
-    grew = memory >= 1e9
+    grew = False
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_evaluation_set(folder / "MMEB-eval")
@@ -93,13 +94,15 @@ def main():
             words += ["--cache_dir", folder / f"cache_{count}"]
             made = folder / f"adversarial_{count}"
             peaks["generation"].append(peak("generate_pgd_adversarial.py", made, "--split", "eval", *words))
-            words += ["--adversarial_dir", made, "--qualities", 50, "--attack_steps", args.steps]
+            words += ["--adversarial_dir", made, "--trainings", "--qualities", 50, "--attack_steps", args.steps]
             peaks["evaluation"].append(peak("evaluate.py", folder / f"evaluation_{count}", *words))
     for name, (small, large) in peaks.items():
         said = f"{args.small} images {small / 1e6:.0f} MB, {args.large} images {large / 1e6:.0f} MB"
         print(f"{name}: {said}, ratio {large / small:.3f} (under {LIMIT})")
         grew |= large / small >= LIMIT
-    return grew
+    memory, seconds = rank(5000, 5)  # last: a child's peak is at least its parent's memory
+    print(f"5,000 images by 25,000 captions: {memory / 1e9:.2f} GB beyond the images (under 1), {seconds:.1f} s")
+    return grew or memory >= 1e9
 
 
 if __name__ == "__main__":
