@@ -124,6 +124,20 @@ def test_the_margin_attack_starts_at_the_lowest_cosine_and_then_at_the_transferr
     assert len(seen[1][1]) == 6 and seen[2][1] == [7] * 5  # the survivors alone, from the transferred images
 
 
+def test_an_attacked_image_is_looked_for_among_clean_ones(row, monkeypatch):
+    """Planted: the attack makes all images the same, so that among attacked ones all others are as near."""
+    moved = torch.from_numpy(row.pixels[[0] * len(row.pixels)])
+    fine = {key: torch.zeros(len(moved), dtype=torch.bool) for key in ("zero_gradient", "nonfinite")}
+    monkeypatch.setattr(evaluate, "attack_both", lambda *_: ([moved], [fine]))
+    monkeypatch.setattr(evaluate, "attack_row", lambda attack, part, run=None: (moved[: len(part.pixels)], fine))
+    planted = replace(row, transfer=row.pixels)
+    found = evaluate.measure(planted, common.white_box(8 / 255, 2), 1, 0).conditions["white_box"]["rank_t2i"]
+    clean = evaluate.encode_row(row, row.pixels, 0)
+    expected = evaluate.score(row, moved, 0, clean)["rank_t2i"]
+    assert (expected != evaluate.score(row, moved, 0)["rank_t2i"]).any()
+    assert (found == np.maximum(expected, evaluate.score(row, row.pixels, 0, clean)["rank_t2i"])).all()
+
+
 def test_the_margin_loss_leads_over_the_best_own_caption(row):
     """Of two own captions the farther one may be lost without losing the image."""
     right = torch.stack([row.right[:, 0], row.right[:, 0].roll(1)], 1)
