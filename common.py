@@ -1721,6 +1721,12 @@ class Attack:
     seed: int | None = 0  # of the noise that is added to the start; None adds none
     momentum: float = 0.0  # with momentum the steps shrink by a half cosine
     loss: str = "cosine"  # with the own caption; or "margin", the lead of the hardest other caption
+    draws: int = 0  # of a random loss, whose gradients are averaged in a step; 0 for a loss that is not random
+
+    @property
+    def rounds(self):
+        """Rounds of pgd(): its steps, and for a loss that is not random one that only scores the last iterate."""
+        return self.steps if self.draws else self.steps + 1
 
 
 def white_box(eps, steps, through_jpeg=False):
@@ -1741,7 +1747,8 @@ def pgd(loss_fn, images, attack, start=None, after_step=None):
 
     PGD of Madry et al. 2018 (arXiv:1706.06083), except that the best iterate is kept, not the last. With momentum it is
     MI-FGSM of Dong et al. 2018 (arXiv:1710.06081, equations 6 and 7), except that the gradient is divided by its mean
-    absolute value, which changes no sign, and that steps shrink by a half cosine from alpha to 3 % of it.
+    absolute value, which changes no sign, and that steps shrink by a half cosine from alpha to 3 % of it. Of a random
+    loss the last iterate is kept: the highest of its draws would be luck.
 
     A loss or gradient that is not finite changes nothing and is reported, as is a gradient that is zero in every
     pixel, so that neither passes for robustness. Pixels outside [0, 1] raise ValueError. No parameter's .grad is
@@ -1754,21 +1761,25 @@ def pgd(loss_fn, images, attack, start=None, after_step=None):
     best, best_loss = images, images.new_full(images.shape[:1], -torch.inf)
     zero = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     nonfinite, velocity = zero.clone(), torch.zeros_like(images)
-    for step in range(attack.steps + 1):  # the extra round only scores the last iterate
+    for step in range(attack.rounds):
         last = step == attack.steps
         x = x.detach().requires_grad_(not last)
-        with torch.set_grad_enabled(not last):
-            loss = loss_fn(x)
-        finite = loss.detach().isfinite()
+        loss = grad = 0
+        for _ in range(attack.draws or 1):  # one at a time, so that they need no more memory than one
+            with torch.set_grad_enabled(not last):
+                drawn = loss_fn(x)
+            if not last:
+                grad = grad + torch.autograd.grad(drawn.sum(), x)[0]  # sum, not mean: no factor 1/B to underflow
+            loss = loss + drawn.detach()
+        finite = loss.isfinite()
         if not last:
-            (grad,) = torch.autograd.grad(loss.sum(), x)  # sum, not mean: no factor 1/B to underflow
             finite &= grad.isfinite().flatten(1).all(1)
             grad = torch.where(finite[:, None, None, None], grad, 0)
             zero |= finite & (grad == 0).flatten(1).all(1)
         nonfinite |= ~finite
         if after_step:
             after_step()
-        x, loss = x.detach(), loss.detach()
+        x = x.detach()
         better = loss > best_loss  # False where the loss is NaN
         best_loss = torch.where(better, loss, best_loss)
         best = torch.where(better[:, None, None, None], x, best)
@@ -1778,15 +1789,20 @@ def pgd(loss_fn, images, attack, start=None, after_step=None):
         velocity = attack.momentum * velocity + grad / size
         shrink = max(0.03, (1 + math.cos(math.pi * step / attack.steps)) / 2) if attack.momentum else 1
         x = (x + attack.alpha * shrink * velocity.sign()).clamp(lower, upper)
-    return best, {"zero_gradient": zero, "nonfinite": nonfinite}
+    return x if attack.draws else best, {"zero_gradient": zero, "nonfinite": nonfinite}
 
 
-def start_noise(images, eps, seed, indices):
-    """Add uniform noise in [-eps, eps] to images, each by its own (seed, index), so that no batch size matters."""
+def generators_for(seed, indices):
+    """Return a random generator on the CPU for each image, by its own (seed, index), so that no batch size matters."""
+    return [torch.Generator().manual_seed(seed * 1_000_003 + int(index)) for index in indices]
+
+
+def uniform(images, generators):
+    """Draw noise in [-1, 1] for images (B, 3, H, W), each by its own generator: like images."""
     noise = torch.empty(images.shape)
-    for row, index in zip(noise, indices):
-        row.uniform_(-1, 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(index)))
-    return images + eps * noise.to(images.device)
+    for row, generator in zip(noise, generators):
+        row.uniform_(-1, 1, generator=generator)
+    return noise.to(images.device)
 
 
 def grey_levels(eps):
@@ -1810,7 +1826,7 @@ def attack_batch(attack, loss_fn, pixels, clip, indices, start=None, precision=N
     """
     images, x = (as_images(values, clip.device) for values in (pixels, pixels if start is None else start))
     if attack.seed is not None:
-        x = start_noise(x, attack.eps, attack.seed, indices)
+        x = x + attack.eps * uniform(x, generators_for(attack.seed, indices))
     with tf32((precision or clip.precision) != "fp32"):
         x, wrong = pgd(loss_fn, images, attack, x, after_step)
     return to_pixels(x, pixels, attack.eps), {key: value.cpu() for key, value in wrong.items()}
@@ -1836,13 +1852,13 @@ def attack_all(attack, loss, pixels, clip, start=None, run=None, what="attack", 
     """
     start, parts = pixels if start is None else start, []
     batches = my_batches(np.arange(len(pixels)), clip.batch_size)
-    total = sum(map(len, batches)) * (attack.steps + 1)
+    total = sum(map(len, batches)) * attack.rounds
     with progress(what=what, total=total, unit="image-step") as bar:
         for batch in batches:
             key = [what, asdict(attack), list(keys), batch.tolist(), digest(pixels[batch], start[batch])]
             part = run and run.load_part(key)
             if part:
-                bar.update(len(batch) * (attack.steps + 1))
+                bar.update(len(batch) * attack.rounds)
             else:
                 loss_fn, step = loss(clip.attack_encoder(precision), batch), partial(bar.update, len(batch))
                 part = attack_batch(attack, loss_fn, pixels[batch], clip, batch, start[batch], precision, step)
