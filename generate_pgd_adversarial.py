@@ -53,7 +53,7 @@ def main(args):
 
 
 def open_run(args):
-    return common.Run(args, __file__, "split eps alpha steps seed", ["images", "metadata.jsonl"])
+    return common.Run(args, __file__, "split eps alpha steps seed", ["images", *common.METADATA])
 
 
 def adversarial_images(args, split, clip, images):

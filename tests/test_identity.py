@@ -450,3 +450,9 @@ def test_reproduce_in_one_process_trains_each_seed_on_the_images_of_the_first(tm
     }  # fmt: skip
     printed, _ = table.run(*words)
     assert printed.count("nothing to do") == 3
+
+
+def test_no_second_file_of_captions_is_written_beside_own_pictures(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,caption\npicture.png,A ring.\n")
+    line = refused(GENERATE, *SMALL, "--num_images", 1, "--output_dir", tmp_path)
+    assert "it holds metadata.csv and no run.json of these scripts: choose another --output_dir" in line
