@@ -1936,12 +1936,13 @@ class Trainer:
         self.steps_per_epoch = len(training) // self.size
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.log, self.epochs, self.stopped = [], [], None
+        self.text_features = clip.encode_text(training.own_captions)  # (N, D)
+        clip.encode_pixels(training.pixels[:1])  # damaged weights end it here or above, before the folder is theirs
         run.begin()
         if state := run.load_part("state"):
             self.visual.load_state_dict(state["visual"])
             optimizer.load_state_dict(state["optimizer"])
             self.log, self.epochs = state["log"], state["epochs"]
-        self.text_features = clip.encode_text(training.own_captions)  # (N, D)
         if not RANK:
             save(run.dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 

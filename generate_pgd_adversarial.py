@@ -90,6 +90,8 @@ def complete(run, args, clip, images):
     if not missing and run.done:
         return np.stack([found[i] for i in range(len(images))])
 
+    clip.encode_text(images.own_captions)  # damaged weights end it here, before the folder is theirs
+    clip.encode_pixels(images.pixels[:1])
     run.begin()
     found |= make(run, args, clip, images, missing)
     lines = read_lines(run.dir)

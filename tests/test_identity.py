@@ -456,3 +456,14 @@ def test_no_second_file_of_captions_is_written_beside_own_pictures(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,caption\npicture.png,A ring.\n")
     line = refused(GENERATE, *SMALL, "--num_images", 1, "--output_dir", tmp_path)
     assert "it holds metadata.csv and no run.json of these scripts: choose another --output_dir" in line
+
+
+@pytest.mark.parametrize("name, scale", [("text_projection", 1e38), ("visual.ln_post.weight", 1e38)])
+@pytest.mark.parametrize("command", [[GENERATE, *SMALL, "--num_images", 2], [MAT, *TRAINING]])
+def test_weights_without_finite_features_leave_a_folder_to_the_right_ones(command, name, scale, tmp_path):
+    state = load_file(TINY / "clip" / "open_clip_model.safetensors")
+    save_file(state | {name: state[name].float() * scale}, tmp_path / "damaged.safetensors")
+    words = [*command, "--output_dir", tmp_path / "out"]
+    assert "the weights are damaged" in refused(*words, *OTHER_WEIGHTS, tmp_path / "damaged.safetensors")
+    shell(*words)
+    assert metrics(tmp_path / "out")["n"] in (2, 4)
