@@ -456,6 +456,8 @@ class Run:
 
     def report_done(self):
         """Print that there is nothing to do, and by which commit it was done."""
+        if not RANK:  # a run that was killed after it wrote metrics.json leaves its parts
+            shutil.rmtree(self.dir / "parts", ignore_errors=True)
         print(f"{self.dir} is complete: nothing to do. To make it again, remove that folder")
         if note := code_note(self.dir, self.script):
             print(f"note: {note}")

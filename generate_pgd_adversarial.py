@@ -19,6 +19,7 @@ Files written to --output_dir (default runs/<preset>/adversarial_<split>):
 
 import hashlib
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -93,14 +94,11 @@ def complete(run, args, clip, images):
     clip.encode_text(images.own_captions)  # damaged weights end it here, before the folder is theirs
     clip.encode_pixels(images.pixels[:1])
     run.begin()
+    write_lines(run.dir, images)
     found |= make(run, args, clip, images, missing)
-    lines = read_lines(run.dir)
-    wanted = [image_file(name) for name in images.names]  # in the order of the data, then what other commands wanted
-    lines = [lines[file] for file in [*wanted, *(file for file in lines if file not in {*wanted})]]
-    if not common.RANK:
-        common.save(run.dir / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    lines = write_lines(run.dir, images)
     figures = summarise(lines)
-    run.finish(clip.device, **figures)
+    run.finish(clip.device, **figures, images_per_s=len(lines) / run.seconds())
     mark = "" if figures["share_lowered"] >= 0.99 else " (!)"
     print(
         f"{run.dir}: {figures['n']} images, similarity {figures['clean_similarity']:.4f} -> "
@@ -187,6 +185,19 @@ def read_lines(folder):
     for part in sorted((folder / "parts").glob("*.pt")):
         lines += common.load_tensors(part) or []
     return {line["file_name"]: line for line in lines}
+
+
+def write_lines(folder, images):
+    """Move the lines of parts into metadata.jsonl; return all lines: those of these images first, in their order."""
+    lines = None
+    if not common.RANK:
+        found = read_lines(folder)
+        wanted = [file for file in map(image_file, images.names) if file in found]
+        lines = [found[file] for file in dict.fromkeys([*wanted, *found])]
+    if lines:
+        common.save(folder / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+    return common.gather(lines)[0]
 
 
 def read_folder(folder, images, eps):
