@@ -557,7 +557,7 @@ def read_record(file):
             return record
     except (ValueError, AttributeError, RecursionError):
         pass
-    raise ValueError(f"{file.name} is damaged or a stranger's: remove that folder, or choose another --output_dir")
+    raise ValueError(f"{file.name} is damaged or a stranger's: remove that folder, or choose another")
 
 
 def code_note(folder, script):

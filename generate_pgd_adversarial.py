@@ -86,7 +86,7 @@ def complete(run, args, clip, images):
     """Make the adversarial images that a folder lacks; return all of them: uint8 (N, 3, H, W)."""
     run.identify(model=clip.digest, precision=clip.precision)
     with common.exit_on_error(f"--output_dir {run.dir}"):
-        lines, found = read_folder(run.dir, images, args.eps)
+        found = read_folder(run.dir, images, args.eps)
     missing = common.gather([i for i in range(len(images)) if i not in found])[0]  # as rank 0 sees the folder
     if not missing and run.done:
         return np.stack([found[i] for i in range(len(images))])
@@ -200,10 +200,12 @@ def write_lines(folder, images):
     return common.gather(lines)[0]
 
 
-def read_folder(folder, images, eps):
-    """Return the lines of a folder, and the pixels of those of these images that it has: {index: uint8 (3, H, W)}.
+def read_folder(folder, images, eps, other="choose another --output_dir"):
+    """Return the pixels of those of these images that a folder has: {index: uint8 (3, H, W)}.
 
     Raise ValueError if one of the images is another image's, was altered, or lies outside the ball.
+
+    other   what to do about a folder of other images
     """
     lines, found = read_lines(folder), {}
     for i, name in enumerate(common.progress(images.names, "read", unit="image")):
@@ -212,7 +214,7 @@ def read_folder(folder, images, eps):
         if line is None or not (folder / file).exists():
             continue
         if (line["source"], line["caption"]) != (images.checksums[i], images.captions[i][0]):
-            raise ValueError(f"it holds images of another data set, such as {file}: choose another --output_dir")
+            raise ValueError(f"it holds images of another data set, such as {file}: {other}")
         data, clean = (folder / file).read_bytes(), images.pixels[i]
         if hashlib.sha256(data).hexdigest() != line["sha256"]:
             raise ValueError(f"{file} was altered after it was made: restore it, or remove that folder")
@@ -223,22 +225,23 @@ def read_folder(folder, images, eps):
         if pixels.shape != clean.shape or common.linf_grey_levels(pixels, clean) > common.grey_levels(eps):
             raise ValueError(f"{file} is of another size than the image, or outside the ball around it")
         found[i] = pixels
-    return lines, found
+    return found
 
 
 def read_only(folder, args, clip, images):
     """Return the adversarial images of a folder that --adversarial_dir names; exit if one is missing."""
+    remedy = "leave the flag out to have the images made"
     with common.exit_on_error(f"--adversarial_dir {folder}"):
         record = common.read_record(folder / "run.json")
         if not record:
-            raise ValueError("it is no folder of generate_pgd_adversarial.py: leave the flag out to have one made")
+            raise ValueError(f"it is no folder of generate_pgd_adversarial.py: {remedy}")
         wanted = {"script": Path(__file__).name, "split": args.split, "eps": args.eps, "model": clip.digest}
         for key, value in wanted.items():
             if record["identity"].get(key) != value:
-                raise ValueError(f"it has {common.difference(key, record['identity'].get(key), value)}")
-        _, found = read_folder(folder, images, args.eps)
+                raise ValueError(f"it has {common.difference(key, record['identity'].get(key), value)}: {remedy}")
+        found = read_folder(folder, images, args.eps, remedy)
         if len(found) < len(images):
-            raise ValueError(f"it has {len(found)} of the {len(images)} images: leave the flag out to have them made")
+            raise ValueError(f"it has {len(found)} of the {len(images)} images: {remedy}")
     return np.stack([found[i] for i in range(len(images))])
 
 

@@ -467,3 +467,17 @@ def test_weights_without_finite_features_leave_a_folder_to_the_right_ones(comman
     assert "the weights are damaged" in refused(*words, *OTHER_WEIGHTS, tmp_path / "damaged.safetensors")
     shell(*words)
     assert metrics(tmp_path / "out")["n"] in (2, 4)
+
+
+def test_adversarial_images_that_do_not_fit_are_one_line_whose_remedy_works(tmp_path):
+    generated(tmp_path / "images", 2)
+    jpeg = ["eval_jpeg.py", *SMALL, "--attack_steps", 1, "--qualities", 50, "--output_dir", tmp_path / "out" / "jpeg"]
+    for words, said in (
+        (["--num_images", 3], "it has 2 of the 3 images"),
+        (["--num_images", 2, "--eps", "4/255"], "it has --eps 8/255, not 4/255"),
+        (["--num_images", 2, "--eval_data", "train"], "another data set, such as images/000000.png"),
+    ):
+        line = refused(*jpeg, *words, "--adversarial_dir", tmp_path / "images")
+        assert line.endswith(f"{said}: leave the flag out to have the images made")
+    shell(*jpeg, *words)
+    assert metrics(tmp_path / "out" / "jpeg")["n"] == 2
