@@ -113,7 +113,7 @@ def pixel_distance(text):
 def radius(text):
     """argparse type for the radius of an attack on 8-bit images, at least one grey level."""
     value = pixel_distance(text)
-    if value < 1 / 255.5:
+    if not grey_levels(value):
         raise argparse.ArgumentTypeError(f"{text} is less than one grey level, 1/255, which 8-bit images cannot hold")
     return value
 
