@@ -113,7 +113,7 @@ def pixel_distance(text):
 def radius(text):
     """argparse type for the radius of an attack on 8-bit images, at least one grey level."""
     value = pixel_distance(text)
-    if value < 1 / 255.5:
+    if not grey_levels(value):
         raise argparse.ArgumentTypeError(f"{text} is less than one grey level, 1/255, which 8-bit images cannot hold")
     return value
 
@@ -403,8 +403,8 @@ class Run:
     """
 
     def __init__(self, args, script, flags, writes):
-        self.dir, self.writes = Path(args.output_dir), [*writes, "parts", "metrics.json"]
-        self.script, self.lock, self.begun = script, None, False
+        self.dir, self.script, self.begun = Path(args.output_dir), script, False
+        self.writes = [*writes, "parts", "metrics.json"]
         self.record = {
             "identity": {"script": Path(script).name} | {flag: getattr(args, flag) for flag in flags.split()},
             "code": source_digest(script),
@@ -416,7 +416,7 @@ class Run:
             "started": datetime.now(timezone.utc).isoformat(),
             "seconds": 0.0,
         }
-        self.record = json.loads(json.dumps(self.record))  # plain values, as they are compared with a file's
+        self.record = json.loads(json.dumps(self.record))  # plain values, which are compared with a file's
         self.check()
 
     def identify(self, **digests):
@@ -432,16 +432,12 @@ class Run:
         self.record = gather(self.record)[0]
 
     def look(self):
-        """Read the folder's run.json; raise ValueError where check() exits."""
+        """Take over when the folder's run was started; raise ValueError where check() exits."""
         self.previous = read_record(self.dir / "run.json")
-        taken = [name for name in self.writes if (self.dir / name).exists()]
-        if self.previous:
-            self.compare()
-        elif taken:
-            raise ValueError(f"it holds {taken[0]} and no run.json of these scripts: choose another --output_dir")
-
-    def compare(self):
-        """Raise ValueError if the folder's run is another one; else take over when it was started."""
+        if not self.previous:
+            if taken := [name for name in self.writes if (self.dir / name).exists()]:
+                raise ValueError(f"it holds {taken[0]} and no run.json of these scripts: choose another --output_dir")
+            return
         was, now = self.previous["identity"], self.record["identity"]
         changes = [difference(key, was.get(key), now[key]) for key in now if was.get(key) != now[key]]
         if changes:
@@ -456,6 +452,8 @@ class Run:
 
     def report_done(self):
         """Print that there is nothing to do, and by which commit it was done."""
+        if not RANK:  # a run that was killed after it wrote metrics.json leaves its parts
+            shutil.rmtree(self.dir / "parts", ignore_errors=True)
         print(f"{self.dir} is complete: nothing to do. To make it again, remove that folder")
         if note := code_note(self.dir, self.script):
             print(f"note: {note}")
@@ -465,11 +463,12 @@ class Run:
 
         any_code   whether units of other code may stand beside those of this run
         """
-        if not RANK and self.lock is None:
+        if self.begun:
+            return
+        if not RANK:
             with exit_on_error(f"--output_dir {self.dir}"):
                 self.take(any_code)
-        if not self.begun:
-            self.begun, self.clock = True, time.perf_counter()
+        self.begun, self.clock = True, time.perf_counter()
         gather()
 
     def take(self, any_code):
@@ -477,9 +476,9 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         if self.dir in LOCKS:  # a call of main() that failed in a notebook
             os.close(LOCKS.pop(self.dir))
-        self.lock = LOCKS[self.dir] = os.open(self.dir, os.O_RDONLY)
+        LOCKS[self.dir] = os.open(self.dir, os.O_RDONLY)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(LOCKS[self.dir], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError("another run is writing to it: wait for it, or choose another --output_dir") from None
         except OSError:
@@ -510,12 +509,8 @@ class Run:
 
     def finish(self, device, **metrics):
         """Write metrics.json, how the run was made and the script's figures; release the folder."""
-        on_gpu = device.type == "cuda"
-        self.record |= {
-            "device": torch.cuda.get_device_name(device) if on_gpu else f"{device} ({platform.machine()})",
-            "processes": PROCESSES,
-            "seconds": round(self.seconds(), 3),
-        }
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})"
+        self.record |= {"device": name, "processes": PROCESSES, "seconds": round(self.seconds(), 3)}
         gather()  # every process has stored its units
         if not RANK:
             save(self.dir / "run.json", self.record)
@@ -526,7 +521,6 @@ class Run:
                 if ours and re.fullmatch(r"\..+\.\d+\.tmp", file.name):
                     file.unlink()
             os.close(LOCKS.pop(self.dir))
-        self.lock = None
         gather()
 
 
@@ -555,7 +549,7 @@ def read_record(file):
             return record
     except (ValueError, AttributeError, RecursionError):
         pass
-    raise ValueError(f"{file.name} is damaged or a stranger's: remove that folder, or choose another --output_dir")
+    raise ValueError(f"{file.name} is damaged or a stranger's: remove that folder, or choose another")
 
 
 def code_note(folder, script):
@@ -1952,12 +1946,13 @@ class Trainer:
         self.steps_per_epoch = len(training) // self.size
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.log, self.epochs, self.stopped = [], [], None
+        self.text_features = clip.encode_text(training.own_captions)  # (N, D)
+        clip.encode_pixels(training.pixels[:1])  # damaged weights end it here or above, before the folder is theirs
         run.begin()
         if state := run.load_part("state"):
             self.visual.load_state_dict(state["visual"])
             optimizer.load_state_dict(state["optimizer"])
             self.log, self.epochs = state["log"], state["epochs"]
-        self.text_features = clip.encode_text(training.own_captions)  # (N, D)
         if not RANK:
             save(run.dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 
