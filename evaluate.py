@@ -86,7 +86,7 @@ def checkpoint(text):
     file, _ = common.split_place(source)
     readable = os.path.isfile(file) and os.access(file, os.R_OK)
     if not name or not (source.startswith(common.SCHEMAS) or readable):
-        forms = "NAME=a file that can be read, NAME=local-dir:DIR or NAME=hf-hub:ORG/NAME"
+        forms = "NAME=a file that can be read, NAME=local-dir:DIR, NAME=hf-hub:ORG/NAME or NAME=hf-hub:ORG/NAME/FILE"
         raise argparse.ArgumentTypeError(f"{text!r} is not {forms}")
     return name, source
 
@@ -101,7 +101,8 @@ def parse_args(argv=None, given=None):
     flag("--qualities", type=jpeg_quality, nargs="*", default=[75, 50, 30], help=qualities)
     jpeg_row = "a row: JPEG of quality Q in front of the model of another row; repeatable"
     flag("--defence", action="append", default=[], metavar="MODEL+jpegQ", help=jpeg_row)
-    model = "a row: weights for --model, FILE or FILE::PLACE, or local-dir:DIR or hf-hub:ORG/NAME; repeatable"
+    model = "a row: local-dir:DIR, hf-hub:ORG/NAME, or weights for --model, FILE or hf-hub:ORG/NAME/FILE, of several"
+    model += " in it FILE::PLACE; repeatable"
     flag("--checkpoint", action="append", default=[], type=checkpoint, metavar="NAME=PATH_OR_MODEL", help=model)
     flag("--adversarial_dir", help="transferred images, of generate_pgd_adversarial.py --split eval")
     flag = parser.add_argument_group("measuring").add_argument
