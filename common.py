@@ -671,9 +671,11 @@ class Clip(torch.nn.Module):
     geometry    open_clip's preprocessing up to the pixels, as plain values: size, interpolation, resize_mode, ...
     trained_on  set of Images.fingerprints() of what its weights were trained and validated on, as far as they say
     notes       what a reader of its figures must know of its weights, a list of texts
+    twin        what to type for the same weights with the other activation, where their file does not say which is
+                right; else None
     """
 
-    def __init__(self, model, name, model_cfg, tokenizer, device, precision, batch_size, trained_on, notes):
+    def __init__(self, model, name, model_cfg, tokenizer, device, precision, batch_size, trained_on, notes, twin=None):
         super().__init__()
         self.model, self.device, self.batch_size = model.to(device).eval(), device, batch_size
         self.name, self.tokenizer = name, tokenizer
@@ -686,7 +688,7 @@ class Clip(torch.nn.Module):
         self.config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
         for key in ("mean", "std"):  # the normalisation is part of the model: attacks change pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
-        self.text_cache, self.trained_on, self.notes = {}, trained_on, notes
+        self.text_cache, self.trained_on, self.notes, self.twin = {}, trained_on, notes, twin
         state = {name: value for name, value in model.state_dict().items() if name != "logit_scale"}  # moves no cosine
         self.weights_digest = gather(None if RANK else digest(*state.values()))[0]
         self.digest = digest(self.weights_digest, model.logit_scale, self.config, tokenizer([SENTENCE]))
@@ -742,6 +744,14 @@ class Clip(torch.nn.Module):
                 fail(f"{self.name}: features of captions are not of unit norm: the weights are damaged")
             self.text_cache.update(zip(chunk, features))
         return torch.stack([self.text_cache[caption] for caption in captions])
+
+    def flip_activation(self):
+        """Put GELU in the place of QuickGELU in both towers, or the reverse; a second call undoes it."""
+        quick_gelu = open_clip.transformer.QuickGELU
+        for block in self.model.modules():
+            if isinstance(block, open_clip.transformer.ResidualAttentionBlock):
+                block.mlp.gelu = torch.nn.GELU() if isinstance(block.mlp.gelu, quick_gelu) else quick_gelu()
+        self.text_cache.clear()
 
 
 def fast_tower(visual, mean, std, dtype):
@@ -1109,7 +1119,23 @@ def load_clip(args, source=None, training=False):
     with exit_on_error(f"cannot use {source or weights or pretrained} for {name}"):
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device, training and is_plain(model.visual))
-        return Clip(model, name, model_cfg, tokenizer, device, precision, args.batch_size, trained_on, notes)
+        twin = other_activation(name, model_cfg) if source or is_file(pretrained) else None
+        if twin and source and not name.startswith(SCHEMAS):
+            twin += " with a --pretrained that goes with it"
+        return Clip(model, name, model_cfg, tokenizer, device, precision, args.batch_size, trained_on, notes, twin)
+
+
+def other_activation(name, model_cfg):
+    """Return what to type for the model of a name with GELU in the place of QuickGELU, or the reverse; else None."""
+    quick_gelu = model_cfg.get("quick_gelu", False)
+    if name.startswith(SCHEMAS):
+        setting = f'"quick_gelu": {json.dumps(not quick_gelu)} in its open_clip_config.json'
+        if is_transformers(model_folder(name)):
+            setting = f'"hidden_act": "{"gelu" if quick_gelu else "quick_gelu"}", twice, in its config.json'
+        return f"as --model a copy of {name} with {setting}"
+    name = name.replace("/", "-")
+    other = name.removesuffix("-quickgelu") if quick_gelu else f"{name}-quickgelu"
+    return f"--model {other}" if other != name and open_clip.get_model_config(other) else None
 
 
 def pick_precision(name, device, bf16):

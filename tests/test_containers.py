@@ -14,9 +14,9 @@ import open_clip
 import pytest
 import torch
 import transformers
-from conftest import TINY, refusal
+from conftest import TINY, metrics, refusal, shell
 from hub import serve_hub
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_models import (
     CAPTIONS,
     assert_same,
@@ -296,3 +296,71 @@ def test_what_cannot_be_a_row_is_one_line(kind, tmp_path, capsys):
 
 def test_a_file_on_a_hub_given_as_the_model_is_one_line_that_says_where_it_belongs(capsys):
     assert "give it as --pretrained" in refusal(capsys, load, "--model", f"{BARE}/tower.pt")
+
+
+# Which activation the weights of a file want
+
+
+def wanting(activation, state):
+    """Return weights whose features are lost with another activation than the one given, a function."""
+    state = {name: value.clone() for name, value in state.items()}
+    last = f"visual.transformer.resblocks.{CONFIG['model_cfg']['vision_cfg']['layers'] - 1}.mlp."
+    state[f"{last}c_fc.weight"][0], state[f"{last}c_fc.bias"][0] = 0, -2  # a constant, which the next bias takes away
+    column = 1000 * torch.linspace(-1, 1, len(state[f"{last}c_proj.bias"]))
+    state[f"{last}c_proj.weight"][:, 0] = column
+    state[f"{last}c_proj.bias"] -= column * activation(torch.tensor(-2.0))
+    return state
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A function that runs evaluate.py on files of weights: {row: its summary}, what was printed."""
+    state = load_file(TINY / "clip" / "open_clip_model.safetensors")
+    quick, gelu = wanting(open_clip.transformer.QuickGELU(), state), wanting(F.gelu, state)
+    for name, weights in {"quick": quick, "gelu": gelu, "tower": tower_of(gelu)}.items():
+        torch.save(weights, tmp_path / f"{name}.pt")
+    for registered in ("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS"):
+        monkeypatch.setattr(open_clip.factory, registered, getattr(open_clip.factory, registered).copy())
+    for name, quick_gelu in {"small-clip": False, "small-clip-quickgelu": True}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(CONFIG["model_cfg"] | {"quick_gelu": quick_gelu}))
+        open_clip.add_model_config(tmp_path / f"{name}.json")
+    monkeypatch.chdir(tmp_path)
+
+    def run(folder, *words):
+        words = ["--preset", "smoke", "--num_images", 8, "--steps", 1, "--attack_steps", 1, "--trainings", *words]
+        out, _ = shell("evaluate.py", *words, "--qualities", "--output_dir", f"{folder}/evaluation")
+        return metrics(tmp_path / folder / "evaluation")["rows"], out
+
+    return run
+
+
+def doubtful(rows):
+    return {name for name, row in rows.items() if row["doubtful"]}
+
+
+def test_weights_under_the_wrong_activation_are_marked_with_the_name_to_type(table):
+    rows_of = ["--checkpoint", "whole=gelu.pt", "--checkpoint", "tower=tower.pt"]
+    rows, out = table("quick", "--model", "small-clip-quickgelu", "--pretrained", "quick.pt", *rows_of)
+    assert doubtful(rows) == {"whole", "tower"}
+    note = rows["whole"]["note"]
+    own, other = (float(number) for number in re.findall(r"-?\d\.\d{4}", note))
+    assert other > own and note.endswith("its weights want --model small-clip with a --pretrained that goes with it")
+    assert "whole (?) (*)" in out and f"note: whole: {note}" in out
+    rows, out = table("gelu", "--model", "small-clip", "--pretrained", "gelu.pt", *rows_of)
+    assert doubtful(rows) == set() and "(?)" not in out
+    rows, out = table("wrong", "--model", "small-clip", "--pretrained", "quick.pt", *rows_of)
+    assert doubtful(rows) == {"original"}
+    assert rows["original"]["note"].endswith("its weights want --model small-clip-quickgelu")
+
+
+def test_a_file_for_a_folder_with_the_wrong_activation_is_marked_with_the_setting_to_change(table, tmp_path):
+    folder = tmp_path / "clip"
+    write_open_clip(folder, load_file(TINY / "clip" / "open_clip_model.safetensors"))
+    rows, _ = table("wrong", "--model", "local-dir:clip", "--checkpoint", "gelu=gelu.pt", "--checkpoint", "q=quick.pt")
+    assert doubtful(rows) == {"gelu"}
+    setting = '"quick_gelu": false'
+    assert rows["gelu"]["note"].endswith(f"a copy of local-dir:clip with {setting} in its open_clip_config.json")
+    config = (folder / "open_clip_config.json").read_text()
+    (folder / "open_clip_config.json").write_text(config.replace('"quick_gelu": true', setting))
+    rows, _ = table("right", "--model", "local-dir:clip", "--checkpoint", "gelu=gelu.pt", "--checkpoint", "q=quick.pt")
+    assert doubtful(rows) == {"q"}
