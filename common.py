@@ -333,6 +333,7 @@ def run_main(main, args):
     logging.disable(logging.ERROR)  # silences datasets and open_clip, which also raise what matters
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
     if args.eps != grey_levels(args.eps) / 255:
         levels = grey_levels(args.eps)
         print(f"note: --eps {radius_text(args.eps)} allows 8-bit images to change by {levels} grey levels")
@@ -921,6 +922,18 @@ def is_file(text):
     return bool(hub_file(text)) or os.path.isfile(split_place(text)[0])
 
 
+def download(repo, file):
+    """Return the path of a file of a hub repository; ValueError that lists its weights if it has no such file."""
+    try:
+        return huggingface_hub.hf_hub_download(repo, file)
+    except huggingface_hub.errors.LocalEntryNotFoundError:  # the hub is out of reach
+        raise
+    except huggingface_hub.errors.EntryNotFoundError:
+        kinds = ".pt", ".pth", ".tar", ".bin", ".ckpt", ".safetensors"
+        held = [name for name in huggingface_hub.list_repo_files(repo) if name.endswith(kinds)]
+        raise ValueError(f"the repository has no such file; weights in it: {', '.join(held) or 'none'}") from None
+
+
 def shards_of(file):
     """Return the files that the index of a model in several files names, beside it; none for another file."""
     if not str(file).endswith(".index.json"):
@@ -1219,7 +1232,7 @@ def load_weights(model, file, tower_alone=False):
     """
     path, chosen = split_place(file)
     on_hub = hub_file(path)
-    saved, train_ids = read_tensors(huggingface_hub.hf_hub_download(*on_hub) if on_hub else path)
+    saved, train_ids = read_tensors(download(*on_hub) if on_hub else path)
     tensors = rename_from_transformers(flatten(saved))
     if not tensors:
         raise ValueError("it holds no tensors")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -191,7 +192,7 @@ def test_a_missing_shard_is_one_line_that_names_it(tmp_path, capsys):
 
 
 HUB_SCRIPT = """
-import json, sys
+import contextlib, io, json, sys
 import torch
 import common, evaluate
 
@@ -200,7 +201,14 @@ def image_features(*words, source=None):
     images = torch.rand(2, 3, *clip.geometry["size"], generator=torch.Generator().manual_seed(0))
     return clip.encode_image(images).tolist()
 
-print(json.dumps([image_features(*words, source=source) for words, source in json.loads(sys.argv[1])]))
+def refusal(source):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err:
+        image_features(source=source)
+    return err.getvalue()
+
+given, refused = map(json.loads, sys.argv[1:])
+found = [image_features(*words, source=source) for words, source in given]
+print(json.dumps([found, [refusal(source) for source in refused]]))
 """
 BARE, SHARDED = "hf-hub:org/weights", "hf-hub:org/leaf-g"
 ON_HUB = {  # words, source
@@ -210,17 +218,15 @@ ON_HUB = {  # words, source
     "pretrained of two": (["--pretrained", f"{BARE}/two.pt::ema/"], None),
     "sharded": ([], SHARDED),
 }
-
-
-def run_hub_script(hub, home, script, *words):
-    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-c", script, *words]
-    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+NOT_ON_HUB = {
+    f"{BARE}/none.pt": "the repository has no such file; weights in it: eps 4/tower.pt, two.pt, whole.pt",
+    BARE: "for weights alone name their file, such as hf-hub:ORG/NAME/FILE.pt",
+}
 
 
 @pytest.fixture(scope="module")
 def on_hub(robust, tmp_path_factory):
-    """Image features of ON_HUB, those of the sharded model by transformers, and the files that were downloaded."""
+    """Image features of ON_HUB, lines of NOT_ON_HUB, the sharded model, and the files that were downloaded."""
     folder, leaf = tmp_path_factory.mktemp("hub"), leaf_model()
     weights = folder / "weights"
     (weights / "eps 4").mkdir(parents=True)
@@ -230,11 +236,16 @@ def on_hub(robust, tmp_path_factory):
     torch.save({"model": robust.state, "ema": half}, weights / "two.pt")
     write_leaf(folder / "leaf", leaf, shards=3)
     with serve_hub({"models/org/weights": weights, "models/org/leaf-g": folder / "leaf"}) as hub:
-        done = run_hub_script(hub, folder / "home", HUB_SCRIPT, json.dumps([*ON_HUB.values()]))
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
+        env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        command = [sys.executable, "-c", HUB_SCRIPT, *map(json.dumps, ([*ON_HUB.values()], [*NOT_ON_HUB]))]
+        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = dict(zip(ON_HUB, map(torch.tensor, json.loads(done.stdout.splitlines()[-1]))))
+    found, lines = json.loads(done.stdout.splitlines()[-1])
+    found, lines = dict(zip(ON_HUB, map(torch.tensor, found))), dict(zip(NOT_ON_HUB, lines))
     files = [path for method, path, _, count in hub.requests if method == "GET" and "/resolve/" in path and count > 2]
-    return SimpleNamespace(found=found, leaf=leaf, files={re.sub(".*/resolve/[^/]+/", "", path) for path in files})
+    files = {re.sub(".*/resolve/[^/]+/", "", path) for path in files}
+    return SimpleNamespace(found=found, lines=lines, leaf=leaf, files=files)
 
 
 def test_a_file_in_a_hub_repository_without_a_configuration_is_a_row_and_pretrained(on_hub, robust):
@@ -257,6 +268,12 @@ def test_of_a_hub_repository_of_weights_only_the_files_asked_for_are_downloaded(
     weights = {name for name in on_hub.files if name.endswith((".pt", ".safetensors"))}
     shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
     assert weights == {"eps 4/tower.pt", "two.pt", "whole.pt"} | shards
+
+
+@pytest.mark.parametrize("source", NOT_ON_HUB)
+def test_what_a_hub_repository_lacks_is_one_line_that_says_what_to_type(source, on_hub):
+    (line,) = on_hub.lines[source].splitlines()
+    assert NOT_ON_HUB[source] in line
 
 
 # What cannot be a row
@@ -294,6 +311,14 @@ def test_what_cannot_be_a_row_is_one_line(kind, tmp_path, capsys):
     assert said in line, line
 
 
+def test_a_row_that_cannot_be_opened_is_said_before_the_first_attack(tmp_path):
+    torch.save(CLASSIFIER, tmp_path / "advxl.pth")
+    words = ["--preset", "smoke", "--trainings", "--qualities", "--output_dir", tmp_path / "runs" / "evaluation"]
+    out, err = shell("evaluate.py", *words, "--checkpoint", f"AdvXL={tmp_path / 'advxl.pth'}", code=2)
+    assert "advxl.pth: it holds 3 tensors" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_file_on_a_hub_given_as_the_model_is_one_line_that_says_where_it_belongs(capsys):
     assert "give it as --pretrained" in refusal(capsys, load, "--model", f"{BARE}/tower.pt")
 
@@ -324,6 +349,7 @@ def table(tmp_path, monkeypatch):
     for name, quick_gelu in {"small-clip": False, "small-clip-quickgelu": True}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(CONFIG["model_cfg"] | {"quick_gelu": quick_gelu}))
         open_clip.add_model_config(tmp_path / f"{name}.json")
+    monkeypatch.setattr(open_clip, "get_tokenizer", lru_cache(open_clip.get_tokenizer))  # takes longer than the model
     monkeypatch.chdir(tmp_path)
 
     def run(folder, *words):
@@ -346,9 +372,7 @@ def test_weights_under_the_wrong_activation_are_marked_with_the_name_to_type(tab
     own, other = (float(number) for number in re.findall(r"-?\d\.\d{4}", note))
     assert other > own and note.endswith("its weights want --model small-clip with a --pretrained that goes with it")
     assert "whole (?) (*)" in out and f"note: whole: {note}" in out
-    rows, out = table("gelu", "--model", "small-clip", "--pretrained", "gelu.pt", *rows_of)
-    assert doubtful(rows) == set() and "(?)" not in out
-    rows, out = table("wrong", "--model", "small-clip", "--pretrained", "quick.pt", *rows_of)
+    rows, _ = table("gelu", "--model", "small-clip", "--pretrained", "quick.pt", *rows_of)
     assert doubtful(rows) == {"original"}
     assert rows["original"]["note"].endswith("its weights want --model small-clip-quickgelu")
 
