@@ -343,7 +343,7 @@ def doubt_activation(spec, entry):
     if not (spec.twin and found and found["gain_interval"][0] > 0):
         return None
     margins = f"{found['margin']:.4f}, with the other activation {found['margin_of_the_other']:.4f}"
-    return f"clean margin {margins}: its weights want {spec.twin}"
+    return f"clean margin {margins}: its weights may want {spec.twin}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -859,9 +859,9 @@ def marks_of(record):
 MARKS = {
     "(!)": "its attack met gradients that vanish or are not finite, or it fails a sanity check: do not trust its "
     "white-box figures.",
-    "(?)": "clean R@1 is under a third of the original's, or not above chance, or the weights want another activation. "
-    "Look for a configuration without the quick_gelu that they want, weights of another model, or captions that its "
-    "text tower does not know.",
+    "(?)": "clean R@1 is under a third of the original's, or not above chance, or the weights may want another "
+    "activation. Look for a configuration without the quick_gelu that they want, weights of another model, or captions "
+    "that its text tower does not know.",
 }
 
 

@@ -370,11 +370,12 @@ def test_weights_under_the_wrong_activation_are_marked_with_the_name_to_type(tab
     assert doubtful(rows) == {"whole", "tower"}
     note = rows["whole"]["note"]
     own, other = (float(number) for number in re.findall(r"-?\d\.\d{4}", note))
-    assert other > own and note.endswith("its weights want --model small-clip with a --pretrained that goes with it")
+    assert other > own
+    assert note.endswith("its weights may want --model small-clip with a --pretrained that goes with it")
     assert "whole (?) (*)" in out and f"note: whole: {note}" in out
     rows, _ = table("gelu", "--model", "small-clip", "--pretrained", "quick.pt", *rows_of)
     assert doubtful(rows) == {"original"}
-    assert rows["original"]["note"].endswith("its weights want --model small-clip-quickgelu")
+    assert rows["original"]["note"].endswith("its weights may want --model small-clip-quickgelu")
 
 
 def test_a_file_for_a_folder_with_the_wrong_activation_is_marked_with_the_setting_to_change(table, tmp_path):
