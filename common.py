@@ -151,7 +151,8 @@ def make_parser(doc, batch_size=64):
     flag("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the first of them that is available")
     flag = parser.add_argument_group("model").add_argument
     flag("--model", help="open_clip name, local-dir:DIR or hf-hub:ORG/NAME")
-    flag("--pretrained", help="open_clip tag, a checkpoint file, or 'random' for untrained weights")
+    pretrained = "open_clip tag, a file of weights (on a hub hf-hub:ORG/NAME/FILE), or 'random' for untrained ones"
+    flag("--pretrained", help=pretrained)
     precision = "of gradients; scores are always fp32. auto, on a GPU: bf16 for trainings and their images, else TF32"
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
     flag = parser.add_argument_group("data").add_argument
@@ -332,6 +333,7 @@ def run_main(main, args):
     logging.disable(logging.ERROR)  # silences datasets and open_clip, which also raise what matters
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
     if args.eps != grey_levels(args.eps) / 255:
         levels = grey_levels(args.eps)
         print(f"note: --eps {radius_text(args.eps)} allows 8-bit images to change by {levels} grey levels")
@@ -649,6 +651,7 @@ def save(path, value):
 # CLIP
 
 
+LORA = "it holds factors of LoRA: merge them into the weights first"
 SENTENCE = "Ein Café in ZÜRICH, 3 Gäste: 一只猫"  # whose token ids tell tokenizers apart
 
 
@@ -663,9 +666,11 @@ class Clip(torch.nn.Module):
     geometry    open_clip's preprocessing up to the pixels, as plain values: size, interpolation, resize_mode, ...
     trained_on  set of Images.fingerprints() of what its weights were trained and validated on, as far as they say
     notes       what a reader of its figures must know of its weights, a list of texts
+    twin        what to type for the same weights with the other activation, where their file does not say which is
+                right; else None
     """
 
-    def __init__(self, model, name, model_cfg, tokenizer, device, precision, batch_size, trained_on, notes):
+    def __init__(self, model, name, model_cfg, tokenizer, device, precision, batch_size, trained_on, notes, twin=None):
         super().__init__()
         self.model, self.device, self.batch_size = model.to(device).eval(), device, batch_size
         self.name, self.tokenizer = name, tokenizer
@@ -678,7 +683,7 @@ class Clip(torch.nn.Module):
         self.config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
         for key in ("mean", "std"):  # the normalisation is part of the model: attacks change pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
-        self.text_cache, self.trained_on, self.notes = {}, trained_on, notes
+        self.text_cache, self.trained_on, self.notes, self.twin = {}, trained_on, notes, twin
         state = {name: value for name, value in model.state_dict().items() if name != "logit_scale"}  # moves no cosine
         self.weights_digest = gather(None if RANK else digest(*state.values()))[0]
         self.digest = digest(self.weights_digest, model.logit_scale, self.config, tokenizer([SENTENCE]))
@@ -734,6 +739,14 @@ class Clip(torch.nn.Module):
                 fail(f"{self.name}: features of captions are not of unit norm: the weights are damaged")
             self.text_cache.update(zip(chunk, features))
         return torch.stack([self.text_cache[caption] for caption in captions])
+
+    def flip_activation(self):
+        """Put GELU in the place of QuickGELU in both towers, or the reverse; a second call undoes it."""
+        quick_gelu = open_clip.transformer.QuickGELU
+        for block in self.model.modules():
+            if isinstance(block, open_clip.transformer.ResidualAttentionBlock):
+                block.mlp.gelu = torch.nn.GELU() if isinstance(block.mlp.gelu, quick_gelu) else quick_gelu()
+        self.text_cache.clear()
 
 
 def fast_tower(visual, mean, std, dtype):
@@ -849,7 +862,8 @@ def pick_device(name):
 SCHEMAS = "local-dir:", "hf-hub:"
 WEIGHTS = ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"]  # in open_clip's order
 WEIGHTS += ["open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"]
-WEIGHTS += ["model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"]
+WEIGHTS += ["model.safetensors", "model.safetensors.index.json"]  # the index of a model in several files
+WEIGHTS += ["pytorch_model.bin", "pytorch_model.pth", "model.pth"]
 DELTA_CLIP_TOKENIZER = {  # Delta-CLIP (arXiv:2501.09446) has a tokenizer of its own; this one gives the same ids
     "hf_tokenizer_name": "google-bert/bert-base-uncased",
     "tokenizer_mode": "clips",
@@ -861,16 +875,20 @@ DELTA_CLIP_TOKENIZER = {  # Delta-CLIP (arXiv:2501.09446) has a tokenizer of its
 def model_folder(name):
     """Return the folder of a local-dir: or hf-hub: model.
 
-    From a hub the configuration, the tokenizer and one file of weights are downloaded; the folder is named by the
-    commit.
+    From a hub the configuration, the tokenizer and one file of weights, or the files of an index, are downloaded; the
+    folder is named by the commit.
     """
     if name.startswith("local-dir:"):
         return Path(name.removeprefix("local-dir:"))
+    if hub_file(name):
+        raise ValueError("it is a file of weights: give it as --pretrained, and its architecture as --model")
     repo = name.removeprefix("hf-hub:")
     folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=["*.json", "*.txt", "*.model"]))
     for file in WEIGHTS:
         try:
-            huggingface_hub.hf_hub_download(repo, file, revision=folder.name)
+            found = huggingface_hub.hf_hub_download(repo, file, revision=folder.name)
+            for shard in shards_of(found):
+                huggingface_hub.hf_hub_download(repo, shard.name, revision=folder.name)
             break
         except huggingface_hub.errors.LocalEntryNotFoundError as error:  # the hub is out of reach
             unreachable = error
@@ -887,9 +905,35 @@ def split_place(text):
     return (file, place) if mark else (text, None)
 
 
+def hub_file(text):
+    """Return ORG/NAME and FILE of hf-hub:ORG/NAME/FILE, with ::PLACE or without; None if a text is something else."""
+    match = re.fullmatch("hf-hub:([^/]+/[^/]+)/(.+)", split_place(text)[0])
+    return match and match.groups()
+
+
 def is_file(text):
-    """Return whether FILE or FILE::PLACE is there."""
-    return os.path.isfile(split_place(text)[0])
+    """Return whether FILE or FILE::PLACE is there, or is the name of a file on a hub."""
+    return bool(hub_file(text)) or os.path.isfile(split_place(text)[0])
+
+
+def download(repo, file):
+    """Return the path of a file of a hub repository; ValueError that lists its weights if it has no such file."""
+    try:
+        return huggingface_hub.hf_hub_download(repo, file)
+    except huggingface_hub.errors.LocalEntryNotFoundError:  # the hub is out of reach
+        raise
+    except huggingface_hub.errors.EntryNotFoundError:
+        kinds = ".pt", ".pth", ".tar", ".bin", ".ckpt", ".safetensors"
+        held = [name for name in huggingface_hub.list_repo_files(repo) if name.endswith(kinds)]
+        raise ValueError(f"the repository has no such file; weights in it: {', '.join(held) or 'none'}") from None
+
+
+def shards_of(file):
+    """Return the files that the index of a model in several files names, beside it; none for another file."""
+    if not str(file).endswith(".index.json"):
+        return []
+    names = json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values()
+    return [Path(file).with_name(name) for name in dict.fromkeys(names)]
 
 
 def weights_file(folder):
@@ -915,7 +959,10 @@ def read_config(folder):
         return config
     if is_transformers(folder):
         return config_from_transformers(folder)
-    raise FileNotFoundError(f"{folder} has neither open_clip_config.json nor transformers' config.json")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(LORA)
+    message = f"{folder} has neither open_clip_config.json nor transformers' config.json"
+    raise FileNotFoundError(f"{message}; for weights alone name their file, such as hf-hub:ORG/NAME/FILE.pt")
 
 
 def is_transformers(folder):
@@ -927,7 +974,8 @@ def config_from_transformers(folder):
     """Translate the configuration of a transformers CLIPModel into open_clip's."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "clip":
-        raise ValueError(f"its config.json is of a {config.get('model_type')!r} model, and only 'clip' can be read")
+        kind = config.get("model_type") or config.get("architecture")  # the second is timm's
+        raise ValueError(f"its config.json is of a {kind!r} model, and only 'clip' can be read")
     # defaults of CLIPTextConfig and CLIPVisionConfig, which a config.json may leave out
     text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
     text |= {"max_position_embeddings": 77, "vocab_size": 49408, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
@@ -1051,17 +1099,18 @@ def shared_preprocessing(name):
 def load_clip(args, source=None, training=False):
     """Load the CLIP of --model and --pretrained, or another one.
 
-    source     local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model, FILE or FILE::PLACE: of a whole model,
-               or of a visual tower alone, in which case the text tower of --pretrained stays
+    source     local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model, FILE or hf-hub:ORG/NAME/FILE, with
+               ::PLACE or without: of a whole model, or of a visual tower alone, in which case the text tower of
+               --pretrained stays
     training   whether --precision auto is for training steps or the images to train on
     """
     name, pretrained = args.model, args.pretrained
-    if source and source.startswith(SCHEMAS):
+    if source and source.startswith(SCHEMAS) and not hub_file(source):
         name, pretrained, source = source, "", None
     torch.manual_seed(args.seed)  # so that --pretrained random gives every script the same weights
     names = f"--model {name} --pretrained {pretrained!r}"
     with exit_on_error(f"cannot load {names}; open_clip.list_pretrained() lists both"):
-        if "/" in pretrained:
+        if "/" in pretrained and not hub_file(pretrained):
             os.stat(split_place(pretrained)[0])  # its error says why there is no such file
         make = model_from_folder if name.startswith(SCHEMAS) else model_by_name
         model, model_cfg, tokenizer, weights = make(name, pretrained)
@@ -1077,7 +1126,23 @@ def load_clip(args, source=None, training=False):
     with exit_on_error(f"cannot use {source or weights or pretrained} for {name}"):
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device, training and is_plain(model.visual))
-        return Clip(model, name, model_cfg, tokenizer, device, precision, args.batch_size, trained_on, notes)
+        twin = other_activation(name, model_cfg) if source or is_file(pretrained) else None
+        if twin and source and not name.startswith(SCHEMAS):
+            twin += " with a --pretrained that goes with it"
+        return Clip(model, name, model_cfg, tokenizer, device, precision, args.batch_size, trained_on, notes, twin)
+
+
+def other_activation(name, model_cfg):
+    """Return what to type for the model of a name with GELU in the place of QuickGELU, or the reverse; else None."""
+    quick_gelu = model_cfg.get("quick_gelu", False)
+    if name.startswith(SCHEMAS):
+        setting = f'"quick_gelu": {json.dumps(not quick_gelu)} in its open_clip_config.json'
+        if is_transformers(model_folder(name)):
+            setting = f'"hidden_act": "{"gelu" if quick_gelu else "quick_gelu"}", twice, in its config.json'
+        return f"as --model a copy of {name} with {setting}"
+    name = name.replace("/", "-")
+    other = name.removesuffix("-quickgelu") if quick_gelu else f"{name}-quickgelu"
+    return f"--model {other}" if other != name and open_clip.get_model_config(other) else None
 
 
 def pick_precision(name, device, bf16):
@@ -1153,18 +1218,20 @@ def model_by_name(name, pretrained):
 def load_weights(model, file, tower_alone=False):
     """Load a file of weights into a model, without running code from it.
 
-    file          FILE or FILE::PLACE: .safetensors, or written by torch.save. The tensors may stand in dictionaries of
-                  any depth, under any prefix, which together are their place; PLACE chooses between different ones
+    file          FILE or FILE::PLACE: .safetensors, its index, or written by torch.save; hf-hub:ORG/NAME/FILE is
+                  downloaded. The tensors may stand in dictionaries of any depth, under any prefix, which together are
+                  their place; PLACE chooses between different ones
     tower_alone   whether a visual tower without a text tower is enough
     returns       Images.fingerprints() of what it was trained on; the name of the first tensor left out, or None
     """
     path, chosen = split_place(file)
-    saved, train_ids = read_tensors(path)
+    on_hub = hub_file(path)
+    saved, train_ids = read_tensors(download(*on_hub) if on_hub else path)
     tensors = rename_from_transformers(flatten(saved))
     if not tensors:
         raise ValueError("it holds no tensors")
-    if any(".lora_" in name for name in tensors):
-        raise ValueError("it holds factors of LoRA: merge them into the weights first")
+    if any("lora_" in name for name in tensors):
+        raise ValueError(LORA)
     fits, problems = find_weights(tensors, model)
     if not fits:
         held = f"it holds {len(tensors)} tensors, such as {next(iter(tensors)):.60}, and none of the model's"
@@ -1200,6 +1267,8 @@ HARMLESS += [(PurePosixPath, f"{module}.{name}") for module in ("pathlib", "path
 
 def read_tensors(file):
     """Read a file of weights: return nested dictionaries with tensors, and the COCO ids that they were trained on."""
+    if shards := shards_of(file):
+        return {name: tensor for shard in shards for name, tensor in read_tensors(shard)[0].items()}, set()
     with open(file, "rb") as opened:
         start = opened.read(64)
     if start.startswith(b"version https://git-lfs"):

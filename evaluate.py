@@ -90,7 +90,7 @@ def checkpoint(text):
     file, _ = common.split_place(source)
     readable = os.path.isfile(file) and os.access(file, os.R_OK)
     if not name or not (source.startswith(common.SCHEMAS) or readable):
-        forms = "NAME=a file that can be read, NAME=local-dir:DIR or NAME=hf-hub:ORG/NAME"
+        forms = "NAME=a file that can be read, NAME=local-dir:DIR, NAME=hf-hub:ORG/NAME or NAME=hf-hub:ORG/NAME/FILE"
         raise argparse.ArgumentTypeError(f"{text!r} is not {forms}")
     return name, source
 
@@ -105,7 +105,8 @@ def parse_args(argv=None, given=None):
     flag("--qualities", type=jpeg_quality, nargs="*", default=[75, 50, 30], help=qualities)
     front = f"a row: jpegQ, {', '.join(FRONTS)} in front of the model of another row, or several; repeatable"
     flag("--defence", action="append", default=[], metavar="MODEL+FRONT", help=front)
-    model = "a row: weights for --model, FILE or FILE::PLACE, or local-dir:DIR or hf-hub:ORG/NAME; repeatable"
+    model = "a row: local-dir:DIR, hf-hub:ORG/NAME, or weights for --model, FILE or hf-hub:ORG/NAME/FILE, of several"
+    model += " in it FILE::PLACE; repeatable"
     flag("--checkpoint", action="append", default=[], type=checkpoint, metavar="NAME=PATH_OR_MODEL", help=model)
     flag("--adversarial_dir", help="transferred images, of generate_pgd_adversarial.py --split eval")
     flag = parser.add_argument_group("measuring").add_argument
@@ -315,6 +316,7 @@ class Spec:
     training: object = None  # (script, its flags) of the model, if it is one of TRAININGS
     seconds: float | None = None  # training time
     notes: tuple = ()  # what a reader of its figures must know
+    twin: str | None = None  # of Clip
     key: str = ""  # digest of all that its figures depend on, from identify()
 
 
@@ -462,7 +464,10 @@ def row_attack(args, spec):
 
 
 def identify(args, name, spec, data):
-    """Load the model of a row, check it, and let it go; return the Spec with its key, training time and notes."""
+    """Load the model of a row, check it, and let it go; return the Spec with its key, training time and notes.
+
+    The key is that of the row but for the transferred images.
+    """
     row = load_row(args, name, spec, data)
     print_cut_captions(row)
     notes, seconds = [*row.clip.notes], None
@@ -472,10 +477,10 @@ def identify(args, name, spec, data):
         script, flags = spec.training
         seconds, training_notes = check_training(Path(flags.output_dir), script, flags, data.model)
         notes += training_notes
-    inputs = [row.clip.digest, spec.fronts, data.images.checksums, common.digest(data.transfer), args.candidates]
+    inputs = [row.clip.digest, spec.fronts, data.images.checksums, args.candidates]
     inputs += [data.images.candidates] if args.candidates == "mmeb" else []
     inputs += [asdict(row_attack(args, spec)), args.restarts, args.seed, row.clip.precision, row.original.digest]
-    return replace(spec, key=common.digest(inputs), seconds=seconds, notes=tuple(notes))
+    return replace(spec, key=common.digest(inputs), seconds=seconds, notes=tuple(notes), twin=row.clip.twin)
 
 
 def check_training(folder, script, flags, model):
@@ -511,6 +516,26 @@ def load_row(args, name, spec, data):
         original = load_clip(args)
     row = Row(name, clip, images.pixels, transfer, *load_candidates(args.candidates, images), fronts, original)
     return forgive_equal_captions(row, images.paths)
+
+
+def compare_activations(row, seed):
+    """Score a row's clean images with its activation and with the other one, GELU or QuickGELU, without a defence."""
+    row, margins = replace(row, fronts=()), []
+    for _ in range(2):
+        margins.append(common.gather(score(row, row.pixels, seed)["margin"])[0])
+        row.clip.flip_activation()
+    own, other = margins
+    found = {"margin": float(own.mean()), "margin_of_the_other": float(other.mean())}
+    return found | {"gain_interval": interval(other - own, seed)}
+
+
+def doubt_activation(spec, entry):
+    """Return a note on a row whose clean images are told apart better with the other activation, else None."""
+    found = entry.get("activation")
+    if not (spec.twin and found and found["gain_interval"][0] > 0):
+        return None
+    margins = f"{found['margin']:.4f}, with the other activation {found['margin_of_the_other']:.4f}"
+    return f"clean margin {margins}: its weights may want {spec.twin}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -990,6 +1015,7 @@ def summarise_rows(record, specs, seed):
         seconds = [specs[name].seconds for name in members]
         rows[row]["training_seconds"] = None if None in seconds else float(np.mean(seconds))
         rows[row]["note"] = "; ".join(dict.fromkeys(note for name in members for note in record["notes"][name])) or None
+        rows[row]["doubtful"] = any(record["doubtful"][name] for name in members)
         rows[row]["members"] = members
     return rows
 
@@ -1121,7 +1147,7 @@ def marks_of(record):
             health, checks = record["health"][member], record["sanity"].get(member, {}).get("checks", [])
             failed |= any(health[problem] for problem in ("zero_gradient", "nonfinite", "vanishing_gradient"))
             failed |= any(result == FAIL for _, result, _ in checks)
-        doubtful = row["clean_recall_i2t@1"] < least or not row["above_chance"]
+        doubtful = row["clean_recall_i2t@1"] < least or not row["above_chance"] or row["doubtful"]
         marks[name] = " (!)" * failed + " (?)" * doubtful + " (*)" * bool(row["note"])
     return marks
 
@@ -1129,8 +1155,9 @@ def marks_of(record):
 MARKS = {
     "(!)": "its attack met gradients that vanish or are not finite, or it fails a sanity check: do not trust its "
     "white-box figures.",
-    "(?)": "clean R@1 is under a third of the original's, or not above chance. Look for a configuration without the "
-    "quick_gelu that the weights want, weights of another model, or captions that its text tower does not know.",
+    "(?)": "clean R@1 is under a third of the original's, or not above chance, or the weights may want another "
+    "activation. Look for a configuration without the quick_gelu that they want, weights of another model, or captions "
+    "that its text tower does not know.",
 }
 
 
@@ -1457,22 +1484,20 @@ WRITES = ["rows", "white_box", "table.md", "examples.png", "cosines.png", "eps_c
 def main(args):
     specs = list_rows(args)
     run = common.Run(args, __file__, "", WRITES)
-    data = load_evaluation(args)
-    for name, spec in specs.items():  # what was given is looked at before the first training
-        if not spec.training:
-            specs[name] = identify(args, name, spec, data)
+    data = load_evaluation(args, specs)
     if args.reproduce:
         for spec in specs.values():
-            if spec.training and not spec.qualities:
+            if spec.training and not spec.fronts:
                 script, flags = spec.training
                 print(f"\n{Path(script.__file__).name}: {flags.output_dir}", flush=True)
                 script.main(flags)
     for name, spec in specs.items():
         if spec.training:
-            specs[name] = identify(args, name, spec, data)
+            spec = identify(args, name, spec, data)
+        specs[name] = replace(spec, key=common.digest([spec.key, common.digest(data.transfer)]))
 
     entries = {name: common.gather(read_entry(run.dir, name, spec))[0] for name, spec in specs.items()}
-    missing = [name for name, entry in entries.items() if missing_parts(args, entry)]
+    missing = [name for name, entry in entries.items() if missing_parts(args, specs[name], entry)]
     if missing:
         run.begin(any_code=True)
     for name in missing:
@@ -1493,14 +1518,21 @@ def main(args):
     print(f"\n{console_table(record)}\n\nin {run.dir}: table.md, metrics.json and figures")
 
 
-def load_evaluation(args):
-    """Return the Evaluation of the original model; transferred images that are missing are made."""
+def load_evaluation(args, specs=None):
+    """Return the Evaluation of the original model; transferred images that are missing are made.
+
+    specs   {name: Spec}: those of given models are identified before the first attack, which one of them may forbid
+    """
     clip = load_clip(args)
     images = common.load_images(args, "eval", clip.geometry)
     row = Row("original", clip, images.pixels, images.pixels, *load_candidates(args.candidates, images))
     forgive_equal_captions(row, images.paths)  # exits before the first attack
+    data = Evaluation(images, images.pixels, None, clip.geometry, clip.digest, clip.weights_digest)
+    for name, spec in (specs or {}).items():
+        if not spec.training:
+            specs[name] = identify(args, name, spec, data)
     transfer, made = generate.adversarial_images(args, "eval", clip, images)
-    return Evaluation(images, transfer, made["note"], clip.geometry, clip.digest, clip.weights_digest)
+    return replace(data, transfer=transfer, note=made["note"])
 
 
 def file_name(name, spec):
@@ -1516,9 +1548,10 @@ def read_entry(folder, name, spec):
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def missing_parts(args, entry):
-    """Return what is asked for and not in a row's file: figures, radii, sanity."""
-    missing = [] if "figures" in entry else ["figures"]
+def missing_parts(args, spec, entry):
+    """Return what is asked for and not in a row's file: activation, figures, radii, sanity."""
+    missing = ["activation"] * bool(spec.twin and "activation" not in entry)
+    missing += ["figures"] * ("figures" not in entry)
     missing += [eps for eps in args.radii if common.radius_text(eps) not in entry.get("radii", {})]
     return missing + ["sanity"] * (args.sanity and "sanity" not in entry)
 
@@ -1535,6 +1568,11 @@ def measure_row(args, run, name, spec, entry, data):
             (run.dir / "rows").mkdir(exist_ok=True)
             common.save(run.dir / "rows" / f"{file_name(name, spec)}.json", entry)
 
+    if spec.twin and "activation" not in entry:
+        entry["activation"] = compare_activations(row, args.seed) | code
+        store()
+    if doubt := doubt_activation(spec, entry):
+        print(f"note: {name}: {doubt}", flush=True)
     if "figures" not in entry:
         measured = measure(row, attack, args.restarts, args.seed, run)
         if not common.RANK:
@@ -1565,7 +1603,7 @@ def draw_original(args, run, row, measured):
 def collect(args, specs, entries):
     """Return what the table shows of the rows' files: {kind: {name: ...}}."""
     kinds = "recall_fall", "health", "chance", "alone", "acts"
-    record = {kind: {} for kind in ("per_image", "fall", *kinds, "sanity", "radii", "notes")}
+    record = {kind: {} for kind in ("per_image", "fall", *kinds, "sanity", "radii", "notes", "doubtful")}
     for name, entry in entries.items():
         figures = entry["figures"]
         per_image = {condition: as_arrays(scored) for condition, scored in figures["per_image"].items()}
@@ -1579,7 +1617,9 @@ def collect(args, specs, entries):
         if args.radii:
             raw = {eps: as_arrays(entry["radii"][common.radius_text(eps)]) for eps in sorted(args.radii)}
             record["radii"][name] = radius_curve(args, per_image, raw)
-        record["notes"][name] = [*specs[name].notes]
+        doubt = doubt_activation(specs[name], entry)
+        record["doubtful"][name] = bool(doubt)
+        record["notes"][name] = [*specs[name].notes, *filter(None, [doubt])]
         if maker := common.other_maker(figures, __file__):
             record["notes"][name].append(f"measured by {maker}")
     return record
