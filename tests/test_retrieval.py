@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY, metrics, shell
 from PIL import Image
-from test_pictures import COLOURS, draw
+from test_pictures import caption_of, draw
 from torch.nn import functional as F
 
 import common
@@ -26,7 +26,7 @@ def karpathy_file(folder, kind):
         coco = {"filepath": "val2014", "cocoid": 900 + imgid} if kind == "coco" else {}
         name = f"COCO_val2014_{900 + imgid:012d}.jpg" if kind == "coco" else f"{36979 + imgid}.jpg"
         draw(folder / coco.get("filepath", "") / name, imgid)
-        texts = [f"A {COLOURS[imgid % 4]} thing {'and more ' * k}in place {imgid}." for k in range(5)]
+        texts = [f"{caption_of(imgid)} {'Again. ' * k}" for k in range(5)]
         raw = [{"tokens": t.split(), "raw": t, "imgid": imgid, "sentid": sentid + k} for k, t in enumerate(texts)]
         split = "train" if imgid == 2 else "restval" if imgid == 5 else "test"
         ids = [each["sentid"] for each in raw]
