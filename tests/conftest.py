@@ -36,7 +36,7 @@ from PIL import Image  # noqa: E402
 
 TINY = ROOT / "tests" / "tiny"
 SCRIPTS = ["generate_pgd_adversarial", "defend_clip_mat_v2", "defend_clip_pgd_v2", "eval_jpeg", "evaluate"]
-TRAIN, EVAL, VALIDATION = 48, 16, 8  # images of --preset smoke
+TRAIN, EVAL, VALIDATION = 48, 8, 8  # images of the report
 open_clip.SimpleTokenizer = lru_cache(open_clip.SimpleTokenizer)  # half of the time that a tiny CLIP takes to load
 
 
@@ -180,6 +180,7 @@ def report(tmp_path_factory, worker_id):
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "report"
     command = ["evaluate.py", "--reproduce", "--preset", "smoke", "--qualities", 50]
+    command += ["--num_images", EVAL, "--steps", 4, "--attack_steps", 4]
     command += ["--output_dir", folder / "evaluation", "--cache_dir", folder / "cache"]
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
