@@ -186,5 +186,5 @@ def report(tmp_path_factory, worker_id):
         fcntl.flock(lock, fcntl.LOCK_EX)
         printed = Path(f"{folder}.txt")
         if not printed.exists():
-            printed.write_text(shell(*command, figures=True)[0])
+            printed.write_text(shell(*command)[0])
     return folder, printed.read_text(), command

@@ -52,9 +52,6 @@ def test_reproduce_runs_the_stages_and_ends_with_the_table(report):
     rows = metrics(folder / "evaluation")["rows"]
     assert list(rows) == ROWS and all(name in printed for name in rows)
     assert max(map(len, table_of(printed))) <= 80
-    for name in ("examples.png", "cosines.png", "table.png"):
-        with Image.open(folder / "evaluation" / name) as image:
-            assert image.width > 600
 
 
 def test_online_training_starts_its_attack_from_noise_around_the_images(monkeypatch, tmp_path):
