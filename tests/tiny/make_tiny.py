@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-WIDTH, HEIGHT, IMAGE_SIZE = 128, 96, 64  # scenes, and the model's input after resize and centre crop
+WIDTH, HEIGHT, IMAGE_SIZE = 128, 96, 48  # scenes, and the model's input after resize and centre crop
 SUPERSAMPLE = 4
 COLOURS = {
     "red": (200, 40, 40), "orange": (235, 135, 30), "yellow": (235, 220, 50), "green": (45, 150, 60),
@@ -53,7 +53,7 @@ CONFIG = {
     "model_cfg": {
         "embed_dim": 128,
         "quick_gelu": True,
-        "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 8, "width": 128, "head_width": 32, "layers": 4},
+        "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 8, "width": 96, "head_width": 32, "layers": 3},
         "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
     },
     "preprocess_cfg": {
@@ -78,7 +78,7 @@ def draw_scene(rng):
     if rng.random() < 0.25:
         return background, None, (thing(),)
     first, second = thing(), thing()
-    while first[1:] == second[1:]:  # two red rings of two sizes: legible to nobody at 64 pixels
+    while first[1:] == second[1:]:  # two red rings of two sizes: legible to nobody at this size
         second = thing()
     return background, str(rng.choice(list(INVERSE))), (first, second)
 
