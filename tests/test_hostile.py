@@ -330,7 +330,7 @@ FILES = {  # name of the file -> (how it is written, what is said)
     "tensor.pt": (content(torch.zeros(3)), "it holds a Tensor, not a dictionary"),
     "foreign.pt": (content(UNRELATED), "it holds 7 tensors, such as 0.weight, and none of the model's"),
     "lora.pt": (content(LORA), "merge"),
-    "narrow.pt": (weights("visual.proj", lambda value: value[:, :64]), f"visual.proj is [{WIDTH}, 64], not [{WIDTH}, 1"),
+    "narrow.pt": (weights("visual.proj", lambda value: value[:, :64]), f"visual.proj is [{WIDTH}, 64], not [{WIDTH},"),
     "wide.pt": (content({"model": WIDE}), f"1 of {len(STATE)} keys do not fit: visual.positional_embedding is [17, "),
     "wide_tower.pt": (content(tower(WIDE)), "another input size"),
     "other_text.pt": (weights("positional_embedding", lambda x: x[:, :32]), "input size"),
