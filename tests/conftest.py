@@ -17,7 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from unittest.mock import DEFAULT, MagicMock, patch
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for test_cuda.py alone: the other tests know the CPU's figures
@@ -28,20 +30,24 @@ for name in list(os.environ):
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "CUDA_VISIBLE_DEVICES": ""}
 os.environ |= {"HF_HOME": f"{tempfile.gettempdir()}/tests-without-a-hub", "OMP_NUM_THREADS": "1"}  # 2 workers, 2 cores
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # of processes that tests start
-import matplotlib.figure  # noqa: E402
-import numpy as np  # noqa: E402
-import open_clip  # noqa: E402
-import torch  # noqa: E402 - it reads them
-from PIL import Image  # noqa: E402
 
 TINY = ROOT / "tests" / "tiny"
 SCRIPTS = ["generate_pgd_adversarial", "defend_clip_mat_v2", "defend_clip_pgd_v2", "eval_jpeg", "evaluate"]
-TRAIN, EVAL, VALIDATION = 48, 16, 8  # images of --preset smoke
-open_clip.SimpleTokenizer = lru_cache(open_clip.SimpleTokenizer)  # half of the time that a tiny CLIP takes to load
+TRAIN, EVAL, VALIDATION = 48, 8, 8  # images of the report
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cached_tokenizer():
+    """Make open_clip's tokenizer once: half of the time that a tiny CLIP takes to load."""
+    import open_clip  # here, as the process that hands out the tests need not wait for it
+
+    open_clip.SimpleTokenizer = lru_cache(open_clip.SimpleTokenizer)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -59,7 +65,7 @@ def run_script(words, figures=False):
     """
     words = [str(ROOT / words[0]), *map(str, words[1:])]
     nothing = {"subplots": MagicMock(side_effect=no_axes), "savefig": DEFAULT, "tight_layout": DEFAULT}
-    drawing = contextlib.nullcontext() if figures else patch.multiple(matplotlib.figure.Figure, **nothing)
+    drawing = contextlib.nullcontext() if figures else patch.multiple("matplotlib.figure.Figure", **nothing)
     with drawing, patch.object(sys, "argv", words):
         runpy.run_path(words[0], run_name="__main__")
 
@@ -180,10 +186,11 @@ def report(tmp_path_factory, worker_id):
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "report"
     command = ["evaluate.py", "--reproduce", "--preset", "smoke", "--qualities", 50]
+    command += ["--num_images", EVAL, "--attack_steps", 4]
     command += ["--output_dir", folder / "evaluation", "--cache_dir", folder / "cache"]
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         printed = Path(f"{folder}.txt")
         if not printed.exists():
-            printed.write_text(shell(*command, figures=True)[0])
+            printed.write_text(shell(*command)[0])
     return folder, printed.read_text(), command

@@ -2,8 +2,8 @@
 
 It speaks the part of the hub's protocol by which huggingface_hub, datasets and open_clip list and read repositories:
 repository information, tree, paths-info and resolve, with byte ranges. Each repository is a local folder with one
-branch, main, whose commit changes with its files. The libraries read HF_ENDPOINT when first imported, so Hub.url goes
-into the environment of a subprocess.
+branch, main, whose commit changes with its files. The libraries read HF_ENDPOINT when first imported: Hub.url goes into
+the environment of a subprocess, or connect() changes what this process has read.
 """
 
 import contextlib
@@ -14,6 +14,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import datasets
+import huggingface_hub
+
+import common
 
 API = re.compile(r"/api/(models|datasets)/([^/]+(?:/[^/]+)?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.+))?)?")
 RESOLVE = re.compile(r"(?:/(datasets))?/([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
@@ -143,3 +148,14 @@ def serve_hub(repos):
     finally:
         hub.shutdown()
         hub.server_close()
+
+
+def connect(monkeypatch, url, home, offline=False):
+    """Let this process ask the hub at url, and keep under home what it gives; offline, have that alone."""
+    ours = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}"}
+    for name, value in (ours | {"HF_HUB_OFFLINE": offline, "HF_HUB_CACHE": str(home / "hub")}).items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    for name, value in {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": offline, "HF_DATASETS_CACHE": home / "datasets"}.items():
+        monkeypatch.setattr(datasets.config, name, value)
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    common.model_folder.cache_clear()

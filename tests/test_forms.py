@@ -7,8 +7,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import metrics, process, refusal, shell
-from hub import serve_hub
+from conftest import metrics, refusal, shell
+from hub import connect, serve_hub
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -29,8 +29,8 @@ FORMS = {  # model_cfg, preprocess_cfg
     "b32": ({"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT}, {}),
     "resnet": ({"embed_dim": 64, "vision_cfg": RESNET, "text_cfg": TEXT}, {"resize_mode": "longest"}),
 }  # fmt: skip
-COUNT = 4
-SMALL = ["--preset", "tiny", "--num_images", COUNT, "--steps", 2]
+COUNT = 3
+SMALL = ["--preset", "tiny", "--num_images", COUNT, "--steps", 1]
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +70,15 @@ def test_pixels_and_gradient_are_open_clips_own(name, folder):
     assert (ours - expected).norm() <= 1e-4 * expected.norm()
 
 
-def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(folder):
+def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(folder, monkeypatch):
     repos = {f"models/org/{name}": folder / name for name in FORMS}
-    words = [*SMALL, "--attack_steps", 2, "--adversarial_dir"]
+    words = [*SMALL, "--attack_steps", 1, "--trainings", "--adversarial_dir"]
     words += [folder / "adversarial_eval", "--qualities"]
     rows = [word for name in FORMS for word in ("--checkpoint", f"{name}=hf-hub:org/{name}")]
     rows += ["--defence", "clipa+jpeg50", "--output_dir", folder / "evaluation"]
     with serve_hub(repos) as hub:
-        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
-        printed = process(folder, env, ["evaluate.py", *words, *rows])
+        connect(monkeypatch, hub.url, folder / "home")
+        printed, _ = shell("evaluate.py", *words, *rows)
     record = metrics(folder / "evaluation")
     assert list(record["rows"]) == ["original", *FORMS, "clipa+jpeg50"]
     assert all(len(re.findall(rf"^{name}: clean R@1", printed, re.M)) == 1 for name in FORMS)

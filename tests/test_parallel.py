@@ -17,24 +17,24 @@ import common
 import defend_clip_mat_v2 as mat
 import evaluate
 
-TRAIN, EVAL = 17, 5  # two whole batches of a training, and images that two processes cannot share evenly
+TRAIN, EVAL = 9, 5  # two whole batches of a training, and images that two processes cannot share evenly
 SMALL = ["--preset", "smoke", "--steps", 1, "--batch_size", 2]
-TRAINING = [*SMALL, "--train_data", "pictures", "--num_images", TRAIN, "--val_images", 3, "--epochs", 1]
-TRAINING += ["--batch_size", 8, "--save_every", 0, "--output_dir"]
+TRAINING = [*SMALL, "--train_data", "pictures", "--num_images", TRAIN, "--val_images", 2, "--epochs", 1]
+TRAINING += ["--batch_size", 4, "--save_every", 0, "--output_dir"]
 GENERATE = ["generate_pgd_adversarial.py", *SMALL, "--split", "eval", "--num_images", EVAL, "--output_dir"]
 TRAININGS = ["mat", "pgd", "online"]
 
 
 def commands(folder):
     """Every script into one folder."""
-    words = [*SMALL, "--num_images", EVAL, "--attack_steps", 1, "--qualities", 50, "--output_dir"]
+    words = [*SMALL, "--num_images", EVAL, "--attack_steps", 1, "--output_dir"]
     return [
         [*GENERATE, folder / "adversarial_eval"],
         ["defend_clip_mat_v2.py", *TRAINING, folder / "mat"],
         ["defend_clip_pgd_v2.py", *TRAINING, folder / "pgd"],
         ["defend_clip_pgd_v2.py", *TRAINING, folder / "online", "--online_steps", 1],
-        ["eval_jpeg.py", *words, folder / "jpeg"],
-        ["evaluate.py", "--trainings", *words, folder / "evaluation"],
+        ["eval_jpeg.py", "--qualities", 50, *words, folder / "jpeg"],
+        ["evaluate.py", "--trainings", "--qualities", *words, folder / "evaluation"],
     ]
 
 
@@ -59,7 +59,7 @@ def start(log, *commands, faults=(None, None)):
 def here(tmp_path_factory):
     """The current folder, with pictures."""
     folder = tmp_path_factory.mktemp("parallel")
-    pictures(folder / "pictures", TRAIN + 3)
+    pictures(folder / "pictures", TRAIN + 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder
@@ -148,9 +148,8 @@ def test_batches_that_the_processes_cannot_share_are_refused_before_anything_is_
 DRIVER = """
 import runpy, signal, sys, time
 
-signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not that of torchrun, from which this process is forked
-
-for name in ("common", "generate_pgd_adversarial"):  # this process is a fork that has them; be a fresh one
+signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this process is a fork; be a fresh one
+for name in ("common", "generate_pgd_adversarial"):
     del sys.modules[name]
 import common
 

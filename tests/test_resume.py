@@ -35,7 +35,7 @@ class Fault(NamedTuple):
 
 
 PGD, STEP = "common.pgd", "torch.nn.utils.clip_grad_norm_"  # called for each batch; once in each training step
-WRITE, RENAME = "os.fsync", "os.replace"  # the temporary file of run.json is the first, of what is asked the last one
+WRITE, RENAME = "os.fsync", "os.replace"  # called for each file that is written, run.json first
 STOPPED = 130, ".*: stopped: the same command resumes from what is saved"
 FULL = 2, ".*(File too large|No space left).*the same command resumes.*"
 INFINITE = 2, ".*step 1 is not finite.*Remove .* and use a lower --lr"
@@ -72,7 +72,7 @@ KINDS = {  # the command; what meets it, one after the other in one folder; a ca
     ),
     "online": (["defend_clip_pgd_v2.py", *TRAINING, "--online_steps", 1], FEWER_FAULTS, (STEP, 2)),
     "evaluation": (
-        ["evaluate.py", *TABLE, "--trainings", "--qualities", "--radii", "1/255", "2/255"],
+        ["evaluate.py", *TABLE, "--trainings", "--qualities", "--radii", "2/255"],
         [
             Fault(PGD, 3, "SIGKILL"),
             Fault(WRITE, 2, "disk full", *FULL),  # a part
@@ -83,7 +83,7 @@ KINDS = {  # the command; what meets it, one after the other in one folder; a ca
         (PGD, 1),
     ),
     "JPEG": (
-        ["eval_jpeg.py", *TABLE, "--batch_size", 2, "--qualities", 50, 30],
+        ["eval_jpeg.py", *TABLE, "--batch_size", 1, "--qualities", 50],
         [
             Fault(PGD, 2, "SIGINT", *STOPPED),
             Fault(PGD, 1, "large files fail", *FULL),
@@ -151,14 +151,23 @@ def test_whatever_ends_a_run_the_same_command_goes_on_and_ends_in_the_same_bytes
 # Who may write
 
 
+@contextmanager
+def stopped(log, command, at):
+    """Start a run, and stop it at the second call of a function: its id, to join() afterwards."""
+    child = fork(log, command, prepare=partial(met, Fault(at, 2, "SIGSTOP")))
+    os.waitid(os.P_PID, child, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_a_second_run_into_a_folder_is_refused_while_the_first_writes(made, tmp_path, monkeypatch):
     monkeypatch.chdir(made)
     command = [*KINDS["generation"][0], "--output_dir", tmp_path / "out"]
-    first = fork(tmp_path / "log", command, prepare=partial(met, Fault(PGD, 2, "SIGSTOP")))
-    os.waitpid(first, os.WUNTRACED)
-    (line,) = lines_of(shell(*command, code=2)[1])
-    os.kill(first, signal.SIGKILL)
-    os.waitpid(first, 0)
+    with stopped(tmp_path / "log", command, PGD) as first:
+        (line,) = lines_of(shell(*command, code=2)[1])
+    assert join(first, tmp_path / "log")[0] == -signal.SIGKILL
     assert "another run is writing to it" in line
     assert "is resumed (" in shell(*command)[0] and metrics(tmp_path / "out")["n"] == 4
 
@@ -167,10 +176,10 @@ def test_two_trainings_read_one_finished_folder_at_once(made, tmp_path, monkeypa
     monkeypatch.chdir(made)
     shutil.copytree(made / "adversarial_train", tmp_path / "adversarial_train")
     command = ["defend_clip_pgd_v2.py", *TRAINING, "--epochs", 1, "--output_dir"]
-    first = fork(tmp_path / "log", [*command, tmp_path / "one"], prepare=partial(met, Fault(STEP, 2, "SIGSTOP")))
-    os.waitpid(first, os.WUNTRACED)
-    shell(*command, tmp_path / "other")
-    os.kill(first, signal.SIGCONT)
+    with stopped(tmp_path / "log", [*command, tmp_path / "one"], STEP) as first:
+        shell(*command, tmp_path / "other")
+        os.kill(first, signal.SIGCONT)
+        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
     code, _, lines = join(first, tmp_path / "log")
     assert (code, lines) == (0, [])
     assert_equal(tmp_path / "one", tmp_path / "other")

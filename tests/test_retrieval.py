@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import TINY, metrics, shell
 from PIL import Image
-from test_pictures import COLOURS, draw
+from test_pictures import caption_of, draw
+from test_truth import ATTACK, stub_row
 from torch.nn import functional as F
 
 import common
@@ -26,7 +27,7 @@ def karpathy_file(folder, kind):
         coco = {"filepath": "val2014", "cocoid": 900 + imgid} if kind == "coco" else {}
         name = f"COCO_val2014_{900 + imgid:012d}.jpg" if kind == "coco" else f"{36979 + imgid}.jpg"
         draw(folder / coco.get("filepath", "") / name, imgid)
-        texts = [f"A {COLOURS[imgid % 4]} thing {'and more ' * k}in place {imgid}." for k in range(5)]
+        texts = [f"{caption_of(imgid)} {'Again. ' * k}" for k in range(5)]
         raw = [{"tokens": t.split(), "raw": t, "imgid": imgid, "sentid": sentid + k} for k, t in enumerate(texts)]
         split = "train" if imgid == 2 else "restval" if imgid == 5 else "test"
         ids = [each["sentid"] for each in raw]
@@ -92,15 +93,7 @@ def test_fewer_captions_than_others_count_once():
     assert evaluate.score(row, row.pixels, 0)["rank_t2i"].tolist() == [[0, 1], [1, -1]]  # ties count against the model
 
 
-@pytest.fixture(scope="module")
-def row():
-    args = evaluate.parse_args(["--preset", "tiny", "--num_images", "6"])
-    clip = common.load_clip(args)
-    images = common.load_images(args, "eval", clip.geometry)
-    return evaluate.Row("x", clip, images.pixels, images.pixels, *evaluate.load_candidates("evaluation", images))
-
-
-def test_the_margin_attack_starts_at_the_lowest_cosine_and_then_at_the_transferred_image(row, monkeypatch):
+def test_the_margin_attack_starts_at_the_lowest_cosine_and_then_at_the_transferred_image(monkeypatch):
     """Planted: from the first start image 3 alone falls, from the second image 1 as well."""
     seen = []
 
@@ -118,42 +111,42 @@ def test_the_margin_attack_starts_at_the_lowest_cosine_and_then_at_the_transferr
 
     monkeypatch.setattr(evaluate, "attack_row", attack_row)
     monkeypatch.setattr(evaluate, "score", score)
-    planted = replace(row, transfer=np.full_like(row.pixels, 7))
-    found, wrong = evaluate.attack_both(common.white_box(8 / 255, 2), planted, 0)
+    row = hand_made(torch.eye(6), 6)
+    found, wrong = evaluate.attack_both(ATTACK, replace(row, transfer=np.full_like(row.pixels, 7)), 0)
     assert [loss for loss, _ in seen] == ["cosine", "margin", "margin"] and len(found) == len(wrong) == 3
     assert len(seen[1][1]) == 6 and seen[2][1] == [7] * 5  # the survivors alone, from the transferred images
 
 
-def test_an_attacked_image_is_looked_for_among_clean_ones(row, monkeypatch):
+def test_an_attacked_image_is_looked_for_among_clean_ones(monkeypatch):
     """Planted: the attack makes all images the same, so that among attacked ones all others are as near."""
-    moved = torch.from_numpy(row.pixels[[0] * len(row.pixels)])
+    row = stub_row()
+    moved = torch.from_numpy(row.pixels.mean(0, keepdims=True).astype(np.uint8).repeat(len(row.pixels), 0))
     fine = {key: torch.zeros(len(moved), dtype=torch.bool) for key in ("zero_gradient", "nonfinite")}
-    monkeypatch.setattr(evaluate, "attack_both", lambda *_: ([moved], [fine]))
     monkeypatch.setattr(evaluate, "attack_row", lambda attack, part, run=None: (moved[: len(part.pixels)], fine))
-    planted = replace(row, transfer=row.pixels)
-    found = evaluate.measure(planted, common.white_box(8 / 255, 2), 1, 0).conditions["white_box"]["rank_t2i"]
-    clean = evaluate.encode_row(row, row.pixels, 0)
-    expected = evaluate.score(row, moved, 0, clean)["rank_t2i"]
-    assert (expected != evaluate.score(row, moved, 0)["rank_t2i"]).any()
-    assert (found == np.maximum(expected, evaluate.score(row, row.pixels, 0, clean)["rank_t2i"])).all()
+    conditions = evaluate.measure(replace(row, transfer=row.pixels), ATTACK, 1, 0).conditions
+    clean, attacked = (evaluate.encode_row(row, pixels, 0) for pixels in (row.pixels, moved))
+    for i, text in enumerate(row.clip.encode_text(row.captions)):
+        others = np.delete((clean @ text).numpy(), i)
+        ranks = [int((others >= (own @ text).item()).sum()) for own in (clean[i], attacked[i])]
+        assert conditions["clean"]["rank_t2i"][i] == ranks[0] and conditions["white_box"]["rank_t2i"][i] == max(ranks)
+    assert conditions["white_box"]["rank_t2i"].max() > 0
 
 
-def test_the_margin_loss_leads_over_the_best_own_caption(row):
+def test_the_margin_loss_leads_over_the_best_own_caption():
     """Of two own captions the farther one may be lost without losing the image."""
-    right = torch.stack([row.right[:, 0], row.right[:, 0].roll(1)], 1)
-    pair = replace(row, right=right)
-    loss_fn = evaluate.row_loss(replace(common.white_box(8 / 255, 2), loss="margin"), pair)
-    values = loss_fn(row.clip.attack_encoder(), np.arange(6))(common.as_images(row.pixels, torch.device("cpu")))
+    row = stub_row()
+    pair = replace(row, right=torch.stack([row.own, row.own.roll(1)], 1))
+    loss_fn = evaluate.row_loss(replace(ATTACK, loss="margin"), pair)(row.clip.encode_image, slice(0, len(row.pixels)))
     scored = evaluate.score(pair, row.pixels, 0)
-    np.testing.assert_allclose(-values.detach(), scored["margin"], atol=1e-5)
+    np.testing.assert_allclose(-loss_fn(common.as_images(row.pixels, row.clip.device)), scored["margin"], atol=1e-5)
 
 
-def test_survivors_are_attacked_with_twice_the_steps_and_counted(row, monkeypatch):
-    attack, ranks = common.white_box(8 / 255, 1), np.array([0, 3, 0, 0, 1, 0])
-    fallen, count = evaluate.check_survivors(row, attack, ranks, torch.from_numpy(row.pixels), 0)
-    assert count == 4 and 0 <= fallen <= 4
+def test_survivors_are_attacked_with_twice_the_steps_and_counted(monkeypatch):
+    row, steps, attack_row = stub_row(), [], evaluate.attack_row
+    monkeypatch.setattr(evaluate, "attack_row", lambda *given: steps.append(given[0].steps) or attack_row(*given))
+    weak, strong = (common.white_box(levels / 255, 3) for levels in (1, 32))
+    ranks, lowest = np.arange(len(row.pixels)) % 2, torch.from_numpy(row.pixels)
+    assert evaluate.check_survivors(row, weak, ranks, lowest, 0) == [0, 6] and {*steps} == {6}
     monkeypatch.setattr(evaluate, "CONVERGENCE_IMAGES", 2)
-    assert evaluate.check_survivors(row, attack, ranks, torch.from_numpy(row.pixels), 0)[1] == 2
-    fallen, _ = evaluate.check_survivors(row, common.white_box(32 / 255, 20), ranks, torch.from_numpy(row.pixels), 0)
-    assert fallen == 2
-    assert evaluate.check_survivors(row, attack, np.ones(6, int), torch.from_numpy(row.pixels), 0) == [0, 0]
+    assert evaluate.check_survivors(row, strong, ranks, lowest, 0) == [2, 2]
+    assert evaluate.check_survivors(row, strong, ranks | 1, lowest, 0) == [0, 0]
