@@ -657,8 +657,12 @@ def rank_images(row, captions, cosines, gallery):
     return (images.masked_fill(~wrong, -torch.inf) >= cosines[:, None]).sum(1)
 
 
-def row_loss(attack, row, names):
-    """Return the loss of an attack on a whole defence, as attack_all() takes it; names is one of row.attacks()."""
+def row_loss(attack, row, names=None):
+    """Return the loss of an attack on a whole defence, as attack_all() takes it.
+
+    names   one of row.attacks(), by default the first
+    """
+    names = names or row.attacks()[0]
     text_features = row.clip.encode_text(row.captions)
     own = row.own.to(row.clip.device)
 
@@ -683,11 +687,10 @@ def row_loss(attack, row, names):
 def attack_row(attack, row, run=None, names=None):
     """Attack a row once, from noise if the attack has a seed, else from the transferred images; as attack_all().
 
-    names   one of row.attacks(), by default the first
+    names   of row_loss()
     """
-    names = names or row.attacks()[0]
     start, what = row.transfer if attack.seed is None else None, f"{row.name}, {attack.loss}"
-    keys = *row.keys, names
+    keys = *row.keys, names or row.attacks()[0]
     return attack_all(attack, row_loss(attack, row, names), row.pixels, row.clip, start, run, what, keys)
 
 
@@ -978,7 +981,7 @@ def success_rate(clean, attacked):
     """
     before, after = first_share(clean), first_share(attacked)
     right = before >= 0.5
-    return float(1 - after[right].sum() / before[right].sum()) if right.any() else None
+    return float((before - after)[right].sum() / before[right].sum()) if right.any() else None
 
 
 def summarise_rows(record, specs, seed):
