@@ -167,8 +167,10 @@ def jpeg_front(quality):
     def through(codec):
         def wrap(encode, original, generators):
             def defended(images, normalize=True):
-                drawn = [int(torch.randint(30, 76, (1,), generator=each)) for each in generators]
-                return encode(codec(images, drawn if quality == "random" else quality), normalize)
+                drawn = quality
+                if quality == "random":
+                    drawn = [int(torch.randint(30, 76, (1,), generator=each)) for each in generators]
+                return encode(codec(images, drawn), normalize)
 
             return defended
 
@@ -256,7 +258,7 @@ def random_views(images, generators, count):
         draws = torch.stack([torch.rand(5, generator=generator) for generator in generators]).to(images.device)
         area, ratio, across, down, flip = draws.T
         area, ratio = 0.08 + 0.92 * area, (4 / 3) ** (2 * ratio - 1)
-        width, height = ((area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1))
+        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
         zero, flip = torch.zeros_like(area), torch.where(flip < 0.5, -1.0, 1.0)
         x, y = (2 * across - 1) * (1 - width), (2 * down - 1) * (1 - height)
         boxes = torch.stack([width * flip, zero, x, zero, height, y], 1).view(-1, 2, 3)
