@@ -42,7 +42,7 @@ import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -139,7 +139,9 @@ def number(low, high=math.inf, kind=int):
 
 def make_parser(doc, batch_size=64):
     """Make a parser with the flags that every script has; a flag without a default here gets its value from fill()."""
-    presets = [f"--preset {name}: " + ", ".join(map("{} {}".format, *zip(*PRESETS[name].items()))) for name in PRESETS]
+    presets = []
+    for name, values in PRESETS.items():
+        presets.append(f"--preset {name}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
     parser = argparse.ArgumentParser(
         description=doc, epilog="\n\n".join(presets), formatter_class=Formatter, allow_abbrev=False
     )
@@ -343,9 +345,6 @@ def run_main(main, args):
         if RANK:
             raise SystemExit(130)
         fail("the same command resumes from what is saved", "stopped", 130)
-    except BrokenPipeError:  # the reader of our output, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(1)
     except torch.OutOfMemoryError:
         remedy = "add --grad_checkpointing" if hasattr(args, "lr") else "use a smaller one: the same command resumes"
         fail(f"--batch_size {args.batch_size} is too large for the GPU's memory: {remedy}")
@@ -1380,11 +1379,6 @@ def as_images(pixels, device):
     return torch.tensor(np.asarray(pixels), device=device).float() / 255
 
 
-def take(rows, indices):
-    """Return rows[indices] of a tensor, on its device; indices are a numpy array."""
-    return rows[torch.from_numpy(indices).to(rows.device)]
-
-
 def is_own(source):
     """Return whether a data set is not MMEB: a folder in the ImageFolder format, or a file of captions."""
     return source.endswith(".json") or any(os.path.isfile(os.path.join(source, name)) for name in METADATA)
@@ -1403,7 +1397,7 @@ class Entry:
 
 @dataclass
 class Images:
-    """Images of a split in a model's geometry, with their captions; images[a:b] has some of them."""
+    """Images of a split in a model's geometry, with their captions."""
 
     pixels: np.ndarray  # uint8 (N, 3, H, W)
     paths: list  # as the data set names them
@@ -1415,9 +1409,6 @@ class Images:
 
     def __len__(self):
         return len(self.names)
-
-    def __getitem__(self, part):
-        return Images(*(getattr(self, field.name)[part] for field in fields(self)))
 
     @property
     def own_captions(self):
@@ -1533,16 +1524,16 @@ def read_mmeb(source, split):
         table = datasets.load_dataset(source, CONFIG, split=name, verification_mode="no_checks")  # of a stale row count
         # arrow's format does not decode images, whatever the data set declares a column to be
         tables = [table.select_columns(columns).with_format("arrow")[:]]
+    pairs = [pair for table in tables for pair in zip(*(table[column].to_pylist() for column in columns))]
     rows = []
-    for table in tables:
-        for path, texts in zip(*(table[column].to_pylist() for column in columns)):
-            where = f"row {len(rows)}"
-            match = re.search(r"(?:^|/)(COCO_(?:train|val)2014_)([0-9]{1,12})\.jpe?g\Z", str(path))
-            if not match:
-                raise ValueError(f"{where}: {path_column} {str(path)[:99]!r} is not the path of a COCO 2014 image")
-            texts = [texts] if isinstance(texts, str) else texts
-            rows.append((f"{where}: {text_column}", path, int(match[2]), (texts or [])[:1], texts, match[1]))
-    return [row[:-1] for row in rows if row[-1].startswith(wanted)]
+    for i, (path, texts) in enumerate(pairs):
+        match = re.search(r"(?:^|/)(COCO_(?:train|val)2014_)([0-9]{1,12})\.jpe?g\Z", str(path))
+        if not match:
+            raise ValueError(f"row {i}: {path_column} {str(path)[:99]!r} is not the path of a COCO 2014 image")
+        if match[1].startswith(wanted):
+            texts = [texts] if isinstance(texts, str) else texts or []
+            rows.append((f"row {i}: {text_column}", path, int(match[2]), texts[:1], texts))
+    return rows
 
 
 def mmeb_files(folder, split, columns):
@@ -1642,26 +1633,20 @@ def read_file(files, name):
 
 def open_image(data):
     """Open the bytes of an image file, or the first of them, as a PIL image that is not decoded yet."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > LARGEST_IMAGE or max(width, height) > 500 * min(width, height):
-            raise ValueError(f"{width} x {height} pixels")
-        if image.mode[0] in "IF":
-            raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
-        return image
-    except Exception as error:  # a damaged file raises any exception
-        raise ValueError(describe(error)) from None
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if width * height > LARGEST_IMAGE or max(width, height) > 500 * min(width, height):
+        raise ValueError(f"{width} x {height} pixels")
+    if image.mode[0] in "IF":
+        raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
+    return image
 
 
 def read_image(data):
-    """Decode the bytes of an image file to a PIL image, RGB; ValueError if it is no image of 8 bits a channel."""
+    """Decode the bytes of an image file to a PIL image, RGB, 8 bits a channel; a damaged one raises any exception."""
     image = open_image(data)
-    try:
-        ImageOps.exif_transpose(image, in_place=True)  # phones store photographs rotated
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except Exception as error:  # a damaged file raises any exception
-        raise ValueError(describe(error)) from None
+    ImageOps.exif_transpose(image, in_place=True)  # phones store photographs rotated
+    return image.convert("RGB")
 
 
 def find_images(source, paths, skip_missing=False):
@@ -2045,13 +2030,12 @@ class Trainer:
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
-    def encode(self, *images, normalize=True):
+    def encode(self, *images):
         """Encode sets of the batch's images, such as clean and adversarial, in one forward pass: [(B, D) of each].
 
-        images      of this process each; the features are those of all processes
-        normalize   of Clip.encode_image()
+        images   of this process each; the features are those of all processes
         """
-        features = self.model(torch.cat(images), normalize=normalize).chunk(len(images))
+        features = self.model(torch.cat(images)).chunk(len(images))
         if PROCESSES > 1:  # the features of the other processes carry no gradient
             gather_features = partial(open_clip.loss.gather_features, rank=RANK, world_size=PROCESSES)
             features = [gather_features(x, x)[0] for x in features]
@@ -2095,9 +2079,8 @@ class Trainer:
         loss = partial(own_caption, text_features)
         pixels_adv, _ = attack_all(attack, loss, pixels, clip, what="validate", precision=precision)
         clean, attacked = (clip.similarity(x, text_features).mean().item() for x in (pixels, pixels_adv))
-        figures = {"epoch": epoch, "step": len(self.log), "loss": mean_loss}
-        figures |= {"val_clean": clean, "val_white_box": attacked}
-        self.epochs.append(figures)
+        figures = {"val_clean": clean, "val_white_box": attacked}
+        self.epochs.append({"epoch": epoch, "step": len(self.log), "loss": mean_loss} | figures)
         write = tqdm.write if sys.stderr.isatty() else print  # above the bar of a terminal
         line = f"epoch {epoch}/{args.epochs}  step {len(self.log)}  loss {mean_loss:.3f}  "
         write(f"{line}validation clean {clean:.3f}, white-box {attacked:.3f}")
@@ -2110,10 +2093,9 @@ class Trainer:
         if not RANK:  # the images of the weights that it started from are its own, too
             own = {*self.training.fingerprints(), *self.validation.fingerprints()}
             save_model(self.run.dir, self.clip, self.clip.trained_on | own)
-        figures = {"n": len(self.training), "n_validation": len(self.validation), "steps": len(self.log)}
-        figures |= {"stopped_by": self.stopped, "epochs": self.epochs}
         seconds = self.run.seconds()
-        speed = {"training_seconds": seconds + generation_seconds}
-        speed["images_per_s"] = 2 * self.size * len(self.log) / seconds
-        self.run.finish(self.clip.device, **figures, **speed, **metrics)
+        metrics |= {"n": len(self.training), "n_validation": len(self.validation), "steps": len(self.log)}
+        metrics |= {"stopped_by": self.stopped, "epochs": self.epochs, "training_seconds": seconds + generation_seconds}
+        metrics["images_per_s"] = 2 * self.size * len(self.log) / seconds
+        self.run.finish(self.clip.device, **metrics)
         print(f"to open the model: open_clip.create_model_and_transforms('local-dir:{self.run.dir}')")

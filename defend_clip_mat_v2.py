@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 import common
-from common import contrastive_loss, take
+from common import contrastive_loss
 
 BRIGHTNESS = CONTRAST = 0.2  # factors are uniform in 1 +- this
 BLUR_RADII = 0.1, 2.0  # standard deviation of the Gaussian, pixels
@@ -92,10 +92,10 @@ def main(args):
         images = common.as_images(training.pixels[batch[part]], clip.device)  # (B, 3, H, W) of this process
         generator = common.step_generator(args.seed, step, clip.device)
         draws = draw_augmentations(len(batch), images.shape[1:], generator)
-        images_aug = augment(images, *(take(values, part) for values in draws))
+        images_aug = augment(images, *(values[part] for values in draws))
 
         features = trainer.encode(images, images_aug)  # clean, augmented: (B, D) each, of all processes
-        text_features = take(trainer.text_features, batch)
+        text_features = trainer.text_features[batch]
         clean_loss, aug_loss = (contrastive_loss(x, text_features, clip.model.logit_scale.exp()) for x in features)
         loss = (clean_loss + aug_loss) / 2
 

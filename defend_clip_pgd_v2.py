@@ -34,7 +34,7 @@ import torch
 
 import common
 import generate_pgd_adversarial as generate
-from common import contrastive_loss, own_caption, pgd, take
+from common import contrastive_loss, own_caption, pgd
 
 IDENTITY = f"{common.TRAIN_FLAGS} loss online_steps"  # flags that tell two runs apart
 
@@ -86,12 +86,12 @@ def main(args):
 
     def feature_loss(image_features, indices):
         """Return the squared L2 distance to the original model's features of the clean images, (B,)."""
-        return (image_features - take(original_features, indices)).square().sum(-1)
+        return (image_features - original_features[indices]).square().sum(-1)
 
     def attack_loss(encode_image, indices):
         if args.loss == "features":
             return lambda images: feature_loss(encode_image(images), indices)
-        return own_caption(take(trainer.text_features, indices), encode_image)
+        return own_caption(trainer.text_features[indices], encode_image)
 
     for step, batch, part in trainer:  # indices of the batch's images; positions of this process's images in the batch
         for group in optimizer.param_groups:  # falls linearly to 0
@@ -101,7 +101,7 @@ def main(args):
             visual.eval()  # attack the network that is deployed
             generator = common.step_generator(args.seed, step, clip.device)
             noise = torch.rand(len(batch), *images.shape[1:], generator=generator, device=clip.device)
-            start = images + take(args.eps * (2 * noise - 1), part)
+            start = images + (args.eps * (2 * noise - 1))[part]
             loss_fn = attack_loss(clip.attack_encoder(), batch[part])
             images_adv, _ = pgd(loss_fn, images, attack, start)
             trainer.train_mode()
@@ -112,7 +112,7 @@ def main(args):
         if args.loss == "features":
             clean_loss, adv_loss = (feature_loss(x, batch).mean() for x in features)
         else:
-            text_features, logit_scale = take(trainer.text_features, batch), clip.model.logit_scale.exp()
+            text_features, logit_scale = trainer.text_features[batch], clip.model.logit_scale.exp()
             clean_loss, adv_loss = (contrastive_loss(x, text_features, logit_scale) for x in features)
         loss = (clean_loss + adv_loss) / 2
 
