@@ -234,7 +234,8 @@ def test_a_gradient_that_vanished_marks_its_row_whatever_the_checks_say():
     record = {"rows": {}, "health": {}, "sanity": {}}
     health = {"zero_gradient": 0, "nonfinite": 0}
     for name, wrong in {"original": {}, "a": {"zero_gradient": 1}, "b": {}}.items():
-        record["rows"][name] = {"members": [name], "clean_recall_i2t@1": 1, "above_chance": True, "note": None}
+        row = {"members": [name], "clean_recall_i2t@1": 1, "above_chance": True, "doubtful": False, "note": None}
+        record["rows"][name] = row
         record["health"][name] = health | wrong
         record["sanity"][name] = {"checks": [["it holds", "FAIL" if name == "b" else "PASS", ""]]}
     assert evaluate.marks_of(record) == {"original": "", "a": " (!)", "b": " (!)"}
@@ -280,7 +281,8 @@ def test_random_jpeg_is_drawn_alike_in_whatever_batch_an_image_is_attacked(setup
 
 def table(values, falls=None):
     """A record of white-box cosines, {row: [those of each seed]}, and how far each row's attack is from converged."""
-    specs, record = {}, {kind: {} for kind in ("per_image", "sanity", "fall", "recall_fall", "chance", "notes")}
+    kinds = "per_image", "sanity", "fall", "recall_fall", "chance", "notes", "doubtful"
+    specs, record = {}, {kind: {} for kind in kinds}
     for row, seeds in values.items():
         for seed, cosines in enumerate(seeds):
             name = row if not seed else f"{row}, seed {seed}"
@@ -291,6 +293,7 @@ def table(values, falls=None):
             record["per_image"][name] = {"clean": clean, "transfer": attacked, "white_box": attacked}
             record["fall"][name], record["recall_fall"][name] = (falls or {}).get(row, 0), [0, 0]
             record["chance"][name], record["notes"][name] = 1 / len(cosines), []
+            record["doubtful"][name] = False
     record["rows"] = evaluate.summarise_rows(record, specs, 0)
     pairs = {tuple(pair["rows"]): pair for pair in evaluate.compare_rows(record, 0)}
     return record["rows"], pairs
