@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, jsonl, metrics, shell
+from conftest import ROOT, TINY, jsonl, metrics, pictures, shell
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -418,3 +418,15 @@ def test_radii_are_curves_that_never_rise_attack_no_row_again_and_are_kept_until
         _, cosines, recalls = zip(*curve)
         assert cosines[1] == cosines[2] and cosines[3] <= record["rows"][name]["white_box_similarity"] + 1e-6
         assert recalls[1] == recalls[2] >= recalls[3]
+
+
+def test_a_row_is_measured_anew_with_other_transferred_images(tmp_path):
+    data = pictures(tmp_path / "mine", 4)
+    words = ["--preset", "smoke", "--eval_data", data, "--cache_dir", tmp_path / "cache", "--steps", 1]
+    table = ["evaluate.py", *words, "--attack_steps", 1, "--trainings", "--qualities", "--output_dir", tmp_path / "table"]
+    printed = []
+    for seed in (0, 1, 0):
+        folder = tmp_path / f"transferred_{seed}"
+        shell("generate_pgd_adversarial.py", *words, "--split", "eval", "--seed", seed, "--output_dir", folder)
+        printed.append(shell(*table, "--adversarial_dir", folder)[0].count("original: clean R@1"))
+    assert printed == [1, 1, 0]
