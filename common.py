@@ -1939,15 +1939,6 @@ def linf_grey_levels(pixels, pixels_adv):
     return np.abs(np.asarray(pixels, np.int16) - np.asarray(pixels_adv, np.int16)).max((-3, -2, -1))
 
 
-def duration(seconds):
-    """Return a time as the table shows it, '-' for None."""
-    if seconds is None:
-        return "-"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: what both defences share; the loop stands in their scripts
 

@@ -45,7 +45,7 @@ import common
 import defend_clip_mat_v2 as mat
 import defend_clip_pgd_v2 as pgd
 import generate_pgd_adversarial as generate
-from common import as_images, attack_all, duration, fail, load_clip, number
+from common import as_images, attack_all, fail, load_clip, number
 from eval_jpeg import differentiable_jpeg, jpeg
 
 BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's backend would fail outside of it, and files need none
@@ -1129,6 +1129,15 @@ def sanity(row, attack, seed, run=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Showing
+
+
+def duration(seconds):
+    """Return a time as the table shows it, '-' for None."""
+    if seconds is None:
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def percent(share):

@@ -423,7 +423,8 @@ def test_radii_are_curves_that_never_rise_attack_no_row_again_and_are_kept_until
 def test_a_row_is_measured_anew_with_other_transferred_images(tmp_path):
     data = pictures(tmp_path / "mine", 4)
     words = ["--preset", "smoke", "--eval_data", data, "--cache_dir", tmp_path / "cache", "--steps", 1]
-    table = ["evaluate.py", *words, "--attack_steps", 1, "--trainings", "--qualities", "--output_dir", tmp_path / "table"]
+    table = ["evaluate.py", *words, "--attack_steps", 1, "--trainings", "--qualities"]
+    table += ["--output_dir", tmp_path / "table"]
     printed = []
     for seed in (0, 1, 0):
         folder = tmp_path / f"transferred_{seed}"
