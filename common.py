@@ -113,7 +113,7 @@ def pixel_distance(text):
 def radius(text):
     """argparse type for the radius of an attack on 8-bit images, at least one grey level."""
     value = pixel_distance(text)
-    if value < 1 / 255.5:
+    if not grey_levels(value):
         raise argparse.ArgumentTypeError(f"{text} is less than one grey level, 1/255, which 8-bit images cannot hold")
     return value
 
@@ -151,7 +151,8 @@ def make_parser(doc, batch_size=64):
     flag("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the first of them that is available")
     flag = parser.add_argument_group("model").add_argument
     flag("--model", help="open_clip name, local-dir:DIR or hf-hub:ORG/NAME")
-    flag("--pretrained", help="open_clip tag, a checkpoint file, or 'random' for untrained weights")
+    pretrained = "open_clip tag, a file of weights (on a hub hf-hub:ORG/NAME/FILE), or 'random' for untrained ones"
+    flag("--pretrained", help=pretrained)
     precision = "of gradients; scores are always fp32. auto, on a GPU: bf16 for trainings and their images, else TF32"
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
     flag = parser.add_argument_group("data").add_argument
@@ -332,6 +333,7 @@ def run_main(main, args):
     logging.disable(logging.ERROR)  # silences datasets and open_clip, which also raise what matters
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
     if args.eps != grey_levels(args.eps) / 255:
         levels = grey_levels(args.eps)
         print(f"note: --eps {radius_text(args.eps)} allows 8-bit images to change by {levels} grey levels")
@@ -403,8 +405,8 @@ class Run:
     """
 
     def __init__(self, args, script, flags, writes):
-        self.dir, self.writes = Path(args.output_dir), [*writes, "parts", "metrics.json"]
-        self.script, self.lock, self.begun = script, None, False
+        self.dir, self.script, self.begun = Path(args.output_dir), script, False
+        self.writes = [*writes, "parts", "metrics.json"]
         self.record = {
             "identity": {"script": Path(script).name} | {flag: getattr(args, flag) for flag in flags.split()},
             "code": source_digest(script),
@@ -416,7 +418,7 @@ class Run:
             "started": datetime.now(timezone.utc).isoformat(),
             "seconds": 0.0,
         }
-        self.record = json.loads(json.dumps(self.record))  # plain values, as they are compared with a file's
+        self.record = json.loads(json.dumps(self.record))  # plain values, which are compared with a file's
         self.check()
 
     def identify(self, **digests):
@@ -432,16 +434,12 @@ class Run:
         self.record = gather(self.record)[0]
 
     def look(self):
-        """Read the folder's run.json; raise ValueError where check() exits."""
+        """Take over when the folder's run was started; raise ValueError where check() exits."""
         self.previous = read_record(self.dir / "run.json")
-        taken = [name for name in self.writes if (self.dir / name).exists()]
-        if self.previous:
-            self.compare()
-        elif taken:
-            raise ValueError(f"it holds {taken[0]} and no run.json of these scripts: choose another --output_dir")
-
-    def compare(self):
-        """Raise ValueError if the folder's run is another one; else take over when it was started."""
+        if not self.previous:
+            if taken := [name for name in self.writes if (self.dir / name).exists()]:
+                raise ValueError(f"it holds {taken[0]} and no run.json of these scripts: choose another --output_dir")
+            return
         was, now = self.previous["identity"], self.record["identity"]
         changes = [difference(key, was.get(key), now[key]) for key in now if was.get(key) != now[key]]
         if changes:
@@ -456,6 +454,8 @@ class Run:
 
     def report_done(self):
         """Print that there is nothing to do, and by which commit it was done."""
+        if not RANK:  # a run that was killed after it wrote metrics.json leaves its parts
+            shutil.rmtree(self.dir / "parts", ignore_errors=True)
         print(f"{self.dir} is complete: nothing to do. To make it again, remove that folder")
         if note := code_note(self.dir, self.script):
             print(f"note: {note}")
@@ -465,11 +465,12 @@ class Run:
 
         any_code   whether units of other code may stand beside those of this run
         """
-        if not RANK and self.lock is None:
+        if self.begun:
+            return
+        if not RANK:
             with exit_on_error(f"--output_dir {self.dir}"):
                 self.take(any_code)
-        if not self.begun:
-            self.begun, self.clock = True, time.perf_counter()
+        self.begun, self.clock = True, time.perf_counter()
         gather()
 
     def take(self, any_code):
@@ -477,9 +478,9 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         if self.dir in LOCKS:  # a call of main() that failed in a notebook
             os.close(LOCKS.pop(self.dir))
-        self.lock = LOCKS[self.dir] = os.open(self.dir, os.O_RDONLY)
+        LOCKS[self.dir] = os.open(self.dir, os.O_RDONLY)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(LOCKS[self.dir], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError("another run is writing to it: wait for it, or choose another --output_dir") from None
         except OSError:
@@ -510,12 +511,8 @@ class Run:
 
     def finish(self, device, **metrics):
         """Write metrics.json, how the run was made and the script's figures; release the folder."""
-        on_gpu = device.type == "cuda"
-        self.record |= {
-            "device": torch.cuda.get_device_name(device) if on_gpu else f"{device} ({platform.machine()})",
-            "processes": PROCESSES,
-            "seconds": round(self.seconds(), 3),
-        }
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})"
+        self.record |= {"device": name, "processes": PROCESSES, "seconds": round(self.seconds(), 3)}
         gather()  # every process has stored its units
         if not RANK:
             save(self.dir / "run.json", self.record)
@@ -526,7 +523,6 @@ class Run:
                 if ours and re.fullmatch(r"\..+\.\d+\.tmp", file.name):
                     file.unlink()
             os.close(LOCKS.pop(self.dir))
-        self.lock = None
         gather()
 
 
@@ -555,7 +551,7 @@ def read_record(file):
             return record
     except (ValueError, AttributeError, RecursionError):
         pass
-    raise ValueError(f"{file.name} is damaged or a stranger's: remove that folder, or choose another --output_dir")
+    raise ValueError(f"{file.name} is damaged or a stranger's: remove that folder, or choose another")
 
 
 def code_note(folder, script):
@@ -655,6 +651,7 @@ def save(path, value):
 # CLIP
 
 
+LORA = "it holds factors of LoRA: merge them into the weights first"
 SENTENCE = "Ein Café in ZÜRICH, 3 Gäste: 一只猫"  # whose token ids tell tokenizers apart
 
 
@@ -669,9 +666,11 @@ class Clip(torch.nn.Module):
     geometry    open_clip's preprocessing up to the pixels, as plain values: size, interpolation, resize_mode, ...
     trained_on  set of Images.fingerprints() of what its weights were trained and validated on, as far as they say
     notes       what a reader of its figures must know of its weights, a list of texts
+    twin        what to type for the same weights with the other activation, where their file does not say which is
+                right; else None
     """
 
-    def __init__(self, model, name, model_cfg, tokenizer, device, precision, batch_size, trained_on, notes):
+    def __init__(self, model, name, model_cfg, tokenizer, device, precision, batch_size, trained_on, notes, twin=None):
         super().__init__()
         self.model, self.device, self.batch_size = model.to(device).eval(), device, batch_size
         self.name, self.tokenizer = name, tokenizer
@@ -684,7 +683,7 @@ class Clip(torch.nn.Module):
         self.config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
         for key in ("mean", "std"):  # the normalisation is part of the model: attacks change pixels
             self.register_buffer(key, torch.tensor(self.geometry.pop(key), device=device).view(3, 1, 1))
-        self.text_cache, self.trained_on, self.notes = {}, trained_on, notes
+        self.text_cache, self.trained_on, self.notes, self.twin = {}, trained_on, notes, twin
         state = {name: value for name, value in model.state_dict().items() if name != "logit_scale"}  # moves no cosine
         self.weights_digest = gather(None if RANK else digest(*state.values()))[0]
         self.digest = digest(self.weights_digest, model.logit_scale, self.config, tokenizer([SENTENCE]))
@@ -740,6 +739,14 @@ class Clip(torch.nn.Module):
                 fail(f"{self.name}: features of captions are not of unit norm: the weights are damaged")
             self.text_cache.update(zip(chunk, features))
         return torch.stack([self.text_cache[caption] for caption in captions])
+
+    def flip_activation(self):
+        """Put GELU in the place of QuickGELU in both towers, or the reverse; a second call undoes it."""
+        quick_gelu = open_clip.transformer.QuickGELU
+        for block in self.model.modules():
+            if isinstance(block, open_clip.transformer.ResidualAttentionBlock):
+                block.mlp.gelu = torch.nn.GELU() if isinstance(block.mlp.gelu, quick_gelu) else quick_gelu()
+        self.text_cache.clear()
 
 
 def fast_tower(visual, mean, std, dtype):
@@ -855,7 +862,8 @@ def pick_device(name):
 SCHEMAS = "local-dir:", "hf-hub:"
 WEIGHTS = ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"]  # in open_clip's order
 WEIGHTS += ["open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"]
-WEIGHTS += ["model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"]
+WEIGHTS += ["model.safetensors", "model.safetensors.index.json"]  # the index of a model in several files
+WEIGHTS += ["pytorch_model.bin", "pytorch_model.pth", "model.pth"]
 DELTA_CLIP_TOKENIZER = {  # Delta-CLIP (arXiv:2501.09446) has a tokenizer of its own; this one gives the same ids
     "hf_tokenizer_name": "google-bert/bert-base-uncased",
     "tokenizer_mode": "clips",
@@ -867,16 +875,20 @@ DELTA_CLIP_TOKENIZER = {  # Delta-CLIP (arXiv:2501.09446) has a tokenizer of its
 def model_folder(name):
     """Return the folder of a local-dir: or hf-hub: model.
 
-    From a hub the configuration, the tokenizer and one file of weights are downloaded; the folder is named by the
-    commit.
+    From a hub the configuration, the tokenizer and one file of weights, or the files of an index, are downloaded; the
+    folder is named by the commit.
     """
     if name.startswith("local-dir:"):
         return Path(name.removeprefix("local-dir:"))
+    if hub_file(name):
+        raise ValueError("it is a file of weights: give it as --pretrained, and its architecture as --model")
     repo = name.removeprefix("hf-hub:")
     folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=["*.json", "*.txt", "*.model"]))
     for file in WEIGHTS:
         try:
-            huggingface_hub.hf_hub_download(repo, file, revision=folder.name)
+            found = huggingface_hub.hf_hub_download(repo, file, revision=folder.name)
+            for shard in shards_of(found):
+                huggingface_hub.hf_hub_download(repo, shard.name, revision=folder.name)
             break
         except huggingface_hub.errors.LocalEntryNotFoundError as error:  # the hub is out of reach
             unreachable = error
@@ -893,9 +905,35 @@ def split_place(text):
     return (file, place) if mark else (text, None)
 
 
+def hub_file(text):
+    """Return ORG/NAME and FILE of hf-hub:ORG/NAME/FILE, with ::PLACE or without; None if a text is something else."""
+    match = re.fullmatch("hf-hub:([^/]+/[^/]+)/(.+)", split_place(text)[0])
+    return match and match.groups()
+
+
 def is_file(text):
-    """Return whether FILE or FILE::PLACE is there."""
-    return os.path.isfile(split_place(text)[0])
+    """Return whether FILE or FILE::PLACE is there, or is the name of a file on a hub."""
+    return bool(hub_file(text)) or os.path.isfile(split_place(text)[0])
+
+
+def download(repo, file):
+    """Return the path of a file of a hub repository; ValueError that lists its weights if it has no such file."""
+    try:
+        return huggingface_hub.hf_hub_download(repo, file)
+    except huggingface_hub.errors.LocalEntryNotFoundError:  # the hub is out of reach
+        raise
+    except huggingface_hub.errors.EntryNotFoundError:
+        kinds = ".pt", ".pth", ".tar", ".bin", ".ckpt", ".safetensors"
+        held = [name for name in huggingface_hub.list_repo_files(repo) if name.endswith(kinds)]
+        raise ValueError(f"the repository has no such file; weights in it: {', '.join(held) or 'none'}") from None
+
+
+def shards_of(file):
+    """Return the files that the index of a model in several files names, beside it; none for another file."""
+    if not str(file).endswith(".index.json"):
+        return []
+    names = json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values()
+    return [Path(file).with_name(name) for name in dict.fromkeys(names)]
 
 
 def weights_file(folder):
@@ -921,7 +959,10 @@ def read_config(folder):
         return config
     if is_transformers(folder):
         return config_from_transformers(folder)
-    raise FileNotFoundError(f"{folder} has neither open_clip_config.json nor transformers' config.json")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(LORA)
+    message = f"{folder} has neither open_clip_config.json nor transformers' config.json"
+    raise FileNotFoundError(f"{message}; for weights alone name their file, such as hf-hub:ORG/NAME/FILE.pt")
 
 
 def is_transformers(folder):
@@ -933,7 +974,8 @@ def config_from_transformers(folder):
     """Translate the configuration of a transformers CLIPModel into open_clip's."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "clip":
-        raise ValueError(f"its config.json is of a {config.get('model_type')!r} model, and only 'clip' can be read")
+        kind = config.get("model_type") or config.get("architecture")  # the second is timm's
+        raise ValueError(f"its config.json is of a {kind!r} model, and only 'clip' can be read")
     # defaults of CLIPTextConfig and CLIPVisionConfig, which a config.json may leave out
     text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
     text |= {"max_position_embeddings": 77, "vocab_size": 49408, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
@@ -1057,17 +1099,18 @@ def shared_preprocessing(name):
 def load_clip(args, source=None, training=False):
     """Load the CLIP of --model and --pretrained, or another one.
 
-    source     local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model, FILE or FILE::PLACE: of a whole model,
-               or of a visual tower alone, in which case the text tower of --pretrained stays
+    source     local-dir:DIR, hf-hub:ORG/NAME, or a file of weights for --model, FILE or hf-hub:ORG/NAME/FILE, with
+               ::PLACE or without: of a whole model, or of a visual tower alone, in which case the text tower of
+               --pretrained stays
     training   whether --precision auto is for training steps or the images to train on
     """
     name, pretrained = args.model, args.pretrained
-    if source and source.startswith(SCHEMAS):
+    if source and source.startswith(SCHEMAS) and not hub_file(source):
         name, pretrained, source = source, "", None
     torch.manual_seed(args.seed)  # so that --pretrained random gives every script the same weights
     names = f"--model {name} --pretrained {pretrained!r}"
     with exit_on_error(f"cannot load {names}; open_clip.list_pretrained() lists both"):
-        if "/" in pretrained:
+        if "/" in pretrained and not hub_file(pretrained):
             os.stat(split_place(pretrained)[0])  # its error says why there is no such file
         make = model_from_folder if name.startswith(SCHEMAS) else model_by_name
         model, model_cfg, tokenizer, weights = make(name, pretrained)
@@ -1083,7 +1126,23 @@ def load_clip(args, source=None, training=False):
     with exit_on_error(f"cannot use {source or weights or pretrained} for {name}"):
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device, training and is_plain(model.visual))
-        return Clip(model, name, model_cfg, tokenizer, device, precision, args.batch_size, trained_on, notes)
+        twin = other_activation(name, model_cfg) if source or is_file(pretrained) else None
+        if twin and source and not name.startswith(SCHEMAS):
+            twin += " with a --pretrained that goes with it"
+        return Clip(model, name, model_cfg, tokenizer, device, precision, args.batch_size, trained_on, notes, twin)
+
+
+def other_activation(name, model_cfg):
+    """Return what to type for the model of a name with GELU in the place of QuickGELU, or the reverse; else None."""
+    quick_gelu = model_cfg.get("quick_gelu", False)
+    if name.startswith(SCHEMAS):
+        setting = f'"quick_gelu": {json.dumps(not quick_gelu)} in its open_clip_config.json'
+        if is_transformers(model_folder(name)):
+            setting = f'"hidden_act": "{"gelu" if quick_gelu else "quick_gelu"}", twice, in its config.json'
+        return f"as --model a copy of {name} with {setting}"
+    name = name.replace("/", "-")
+    other = name.removesuffix("-quickgelu") if quick_gelu else f"{name}-quickgelu"
+    return f"--model {other}" if other != name and open_clip.get_model_config(other) else None
 
 
 def pick_precision(name, device, bf16):
@@ -1159,18 +1218,20 @@ def model_by_name(name, pretrained):
 def load_weights(model, file, tower_alone=False):
     """Load a file of weights into a model, without running code from it.
 
-    file          FILE or FILE::PLACE: .safetensors, or written by torch.save. The tensors may stand in dictionaries of
-                  any depth, under any prefix, which together are their place; PLACE chooses between different ones
+    file          FILE or FILE::PLACE: .safetensors, its index, or written by torch.save; hf-hub:ORG/NAME/FILE is
+                  downloaded. The tensors may stand in dictionaries of any depth, under any prefix, which together are
+                  their place; PLACE chooses between different ones
     tower_alone   whether a visual tower without a text tower is enough
     returns       Images.fingerprints() of what it was trained on; the name of the first tensor left out, or None
     """
     path, chosen = split_place(file)
-    saved, train_ids = read_tensors(path)
+    on_hub = hub_file(path)
+    saved, train_ids = read_tensors(download(*on_hub) if on_hub else path)
     tensors = rename_from_transformers(flatten(saved))
     if not tensors:
         raise ValueError("it holds no tensors")
-    if any(".lora_" in name for name in tensors):
-        raise ValueError("it holds factors of LoRA: merge them into the weights first")
+    if any("lora_" in name for name in tensors):
+        raise ValueError(LORA)
     fits, problems = find_weights(tensors, model)
     if not fits:
         held = f"it holds {len(tensors)} tensors, such as {next(iter(tensors)):.60}, and none of the model's"
@@ -1206,6 +1267,8 @@ HARMLESS += [(PurePosixPath, f"{module}.{name}") for module in ("pathlib", "path
 
 def read_tensors(file):
     """Read a file of weights: return nested dictionaries with tensors, and the COCO ids that they were trained on."""
+    if shards := shards_of(file):
+        return {name: tensor for shard in shards for name, tensor in read_tensors(shard)[0].items()}, set()
     with open(file, "rb") as opened:
         start = opened.read(64)
     if start.startswith(b"version https://git-lfs"):
@@ -1721,6 +1784,12 @@ class Attack:
     seed: int | None = 0  # of the noise that is added to the start; None adds none
     momentum: float = 0.0  # with momentum the steps shrink by a half cosine
     loss: str = "cosine"  # with the own caption; or "margin", the lead of the hardest other caption
+    draws: int = 0  # of a random loss, whose gradients are averaged in a step; 0 for a loss that is not random
+
+    @property
+    def rounds(self):
+        """Rounds of pgd(): its steps, and for a loss that is not random one that only scores the last iterate."""
+        return self.steps if self.draws else self.steps + 1
 
 
 def white_box(eps, steps, through_jpeg=False):
@@ -1741,7 +1810,8 @@ def pgd(loss_fn, images, attack, start=None, after_step=None):
 
     PGD of Madry et al. 2018 (arXiv:1706.06083), except that the best iterate is kept, not the last. With momentum it is
     MI-FGSM of Dong et al. 2018 (arXiv:1710.06081, equations 6 and 7), except that the gradient is divided by its mean
-    absolute value, which changes no sign, and that steps shrink by a half cosine from alpha to 3 % of it.
+    absolute value, which changes no sign, and that steps shrink by a half cosine from alpha to 3 % of it. Of a random
+    loss the last iterate is kept: the highest of its draws would be luck.
 
     A loss or gradient that is not finite changes nothing and is reported, as is a gradient that is zero in every
     pixel, so that neither passes for robustness. Pixels outside [0, 1] raise ValueError. No parameter's .grad is
@@ -1754,21 +1824,25 @@ def pgd(loss_fn, images, attack, start=None, after_step=None):
     best, best_loss = images, images.new_full(images.shape[:1], -torch.inf)
     zero = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     nonfinite, velocity = zero.clone(), torch.zeros_like(images)
-    for step in range(attack.steps + 1):  # the extra round only scores the last iterate
+    for step in range(attack.rounds):
         last = step == attack.steps
         x = x.detach().requires_grad_(not last)
-        with torch.set_grad_enabled(not last):
-            loss = loss_fn(x)
-        finite = loss.detach().isfinite()
+        loss = grad = 0
+        for _ in range(attack.draws or 1):  # one at a time, so that they need no more memory than one
+            with torch.set_grad_enabled(not last):
+                drawn = loss_fn(x)
+            if not last:
+                grad = grad + torch.autograd.grad(drawn.sum(), x)[0]  # sum, not mean: no factor 1/B to underflow
+            loss = loss + drawn.detach()
+        finite = loss.isfinite()
         if not last:
-            (grad,) = torch.autograd.grad(loss.sum(), x)  # sum, not mean: no factor 1/B to underflow
             finite &= grad.isfinite().flatten(1).all(1)
             grad = torch.where(finite[:, None, None, None], grad, 0)
             zero |= finite & (grad == 0).flatten(1).all(1)
         nonfinite |= ~finite
         if after_step:
             after_step()
-        x, loss = x.detach(), loss.detach()
+        x = x.detach()
         better = loss > best_loss  # False where the loss is NaN
         best_loss = torch.where(better, loss, best_loss)
         best = torch.where(better[:, None, None, None], x, best)
@@ -1778,15 +1852,20 @@ def pgd(loss_fn, images, attack, start=None, after_step=None):
         velocity = attack.momentum * velocity + grad / size
         shrink = max(0.03, (1 + math.cos(math.pi * step / attack.steps)) / 2) if attack.momentum else 1
         x = (x + attack.alpha * shrink * velocity.sign()).clamp(lower, upper)
-    return best, {"zero_gradient": zero, "nonfinite": nonfinite}
+    return x if attack.draws else best, {"zero_gradient": zero, "nonfinite": nonfinite}
 
 
-def start_noise(images, eps, seed, indices):
-    """Add uniform noise in [-eps, eps] to images, each by its own (seed, index), so that no batch size matters."""
+def generators_for(seed, indices):
+    """Return a random generator on the CPU for each image, by its own (seed, index), so that no batch size matters."""
+    return [torch.Generator().manual_seed(seed * 1_000_003 + int(index)) for index in indices]
+
+
+def uniform(images, generators):
+    """Draw noise in [-1, 1] for images (B, 3, H, W), each by its own generator: like images."""
     noise = torch.empty(images.shape)
-    for row, index in zip(noise, indices):
-        row.uniform_(-1, 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(index)))
-    return images + eps * noise.to(images.device)
+    for row, generator in zip(noise, generators):
+        row.uniform_(-1, 1, generator=generator)
+    return noise.to(images.device)
 
 
 def grey_levels(eps):
@@ -1810,7 +1889,7 @@ def attack_batch(attack, loss_fn, pixels, clip, indices, start=None, precision=N
     """
     images, x = (as_images(values, clip.device) for values in (pixels, pixels if start is None else start))
     if attack.seed is not None:
-        x = start_noise(x, attack.eps, attack.seed, indices)
+        x = x + attack.eps * uniform(x, generators_for(attack.seed, indices))
     with tf32((precision or clip.precision) != "fp32"):
         x, wrong = pgd(loss_fn, images, attack, x, after_step)
     return to_pixels(x, pixels, attack.eps), {key: value.cpu() for key, value in wrong.items()}
@@ -1836,13 +1915,13 @@ def attack_all(attack, loss, pixels, clip, start=None, run=None, what="attack", 
     """
     start, parts = pixels if start is None else start, []
     batches = my_batches(np.arange(len(pixels)), clip.batch_size)
-    total = sum(map(len, batches)) * (attack.steps + 1)
+    total = sum(map(len, batches)) * attack.rounds
     with progress(what=what, total=total, unit="image-step") as bar:
         for batch in batches:
             key = [what, asdict(attack), list(keys), batch.tolist(), digest(pixels[batch], start[batch])]
             part = run and run.load_part(key)
             if part:
-                bar.update(len(batch) * (attack.steps + 1))
+                bar.update(len(batch) * attack.rounds)
             else:
                 loss_fn, step = loss(clip.attack_encoder(precision), batch), partial(bar.update, len(batch))
                 part = attack_batch(attack, loss_fn, pixels[batch], clip, batch, start[batch], precision, step)
@@ -1936,12 +2015,13 @@ class Trainer:
         self.steps_per_epoch = len(training) // self.size
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.log, self.epochs, self.stopped = [], [], None
+        self.text_features = clip.encode_text(training.own_captions)  # (N, D)
+        clip.encode_pixels(training.pixels[:1])  # damaged weights end it here or above, before the folder is theirs
         run.begin()
         if state := run.load_part("state"):
             self.visual.load_state_dict(state["visual"])
             optimizer.load_state_dict(state["optimizer"])
             self.log, self.epochs = state["log"], state["epochs"]
-        self.text_features = clip.encode_text(training.own_captions)  # (N, D)
         if not RANK:
             save(run.dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 

@@ -14,7 +14,6 @@ Files written to --output_dir (default runs/<preset>/jpeg):
 
 import io
 import math
-from functools import partial
 
 import numpy as np
 import torch
@@ -24,13 +23,6 @@ from torch.nn import functional as F
 import common
 import generate_pgd_adversarial as generate
 from common import as_images, own_caption
-
-RANDOM_QUALITIES = 30, 75  # of the quality 'random', both included
-
-
-def jpeg_quality(text):
-    """argparse type: a JPEG quality from 1 to 95, or 'random'."""
-    return text if text == "random" else common.number(1, 95)(text)
 
 
 def parse_args(argv=None, given=None):
@@ -101,26 +93,6 @@ def quantisation_tables(quality):
     return [list(table) for table in Image.open(buffer).quantization.values()]
 
 
-def with_jpeg(codec, qualities, encode_image, seed=0, among=None, draws=1):
-    """Return encode_image with a JPEG step of each quality, in order, in front of it.
-
-    seed    of the qualities 'random', which are drawn for each image in each call
-    among   (N, slice): which of N images a call gets, so that draws do not depend on the batch
-    draws   of the random qualities in a call; the features are then the mean over them of features of unit norm, so
-            that their product with a caption's is the mean cosine
-    """
-    draw = partial(np.random.default_rng(seed).integers, *RANDOM_QUALITIES, endpoint=True)
-
-    def encode_once(images):
-        for quality in qualities:
-            if quality == "random":
-                quality = draw(among[0])[among[1]] if among else draw(len(images))
-            images = codec(images, quality)
-        return encode_image(images)
-
-    return lambda images: sum(encode_once(images) for _ in range(draws)) / draws
-
-
 def main(args):
     run = common.Run(args, __file__, "eps attack_steps seed qualities", [])
     clip = common.load_clip(args)
@@ -136,15 +108,16 @@ def main(args):
     print(f"{len(images)} images       clean  transfer  adaptive")
     for q in args.qualities:
         def loss(encode_image, indices, q=q):
-            return own_caption(text_features, with_jpeg(differentiable_jpeg, [q], encode_image), indices)
+            return own_caption(text_features, lambda images: encode_image(differentiable_jpeg(images, q)), indices)
+
+        def score(pixels, q=q):
+            features = clip.encode_pixels(pixels, lambda images: clip.encode_image(jpeg(images, q)))
+            return (features * text_features).sum(-1).tolist()
 
         adaptive, found = common.attack_all(attack, loss, images.pixels, clip, transfer, run, f"JPEG {q}")
         wrong[q] = {key: int(values.sum()) for key, values in found.items()}
         conditions = {"clean": images.pixels, "transfer": transfer, "adaptive": adaptive}
-        per_image = {
-            name: (clip.encode_pixels(x, with_jpeg(jpeg, [q], clip.encode_image)) * text_features).sum(-1).tolist()
-            for name, x in conditions.items()
-        }
+        per_image = {name: score(pixels) for name, pixels in conditions.items()}
         means = {f"{name}_similarity": sum(values) / len(values) for name, values in per_image.items()}
         qualities[q] = means | {"per_image": per_image}
         print(f"JPEG quality {q:<6}" + "".join(f"{value:10.4f}" for value in means.values()), flush=True)

@@ -6,6 +6,7 @@
     python evaluate.py --checkpoint fare4=hf-hub:chs20/fare4-clip --output_dir runs/report/with_fare
     python evaluate.py --preset tiny --qualities 75 50 30 random --sanity --output_dir runs/tiny/truth
     python evaluate.py --reproduce --preset tiny --seeds 3 --trainings mat pgd pgd_features online_contrastive online
+    python evaluate.py --preset tiny --trainings --qualities --defence original+ttc --output_dir runs/tiny/ttc
     python evaluate.py --preset tiny --radii 1/255 2/255 4/255 8/255
     python evaluate.py --eval_data my_pictures --model ViT-B-16-quickgelu --output_dir runs/mine/evaluation
 
@@ -18,7 +19,7 @@ Files written to --output_dir (default runs/<preset>/evaluation); the folders of
     table.md            the table with intervals, and notes
     metrics.json        all figures, those of each image included
     white_box/<row>/    the attacked images behind a row's white-box figures, as PNGs
-    examples.png, cosines.png, table.png, with --sanity eps_curves.png, with --radii radii.png
+    examples.png, cosines.png, with --sanity eps_curves.png, with --radii radii.png
 """
 
 import argparse
@@ -28,20 +29,24 @@ import math
 import os
 import re
 import textwrap
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint as compute_again
 
 import common
 import defend_clip_mat_v2 as mat
 import defend_clip_pgd_v2 as pgd
 import generate_pgd_adversarial as generate
 from common import as_images, attack_all, duration, fail, load_clip, number
-from eval_jpeg import differentiable_jpeg, jpeg, jpeg_quality, with_jpeg
+from eval_jpeg import differentiable_jpeg, jpeg
 
 BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's backend would fail outside of it, and files need none
 import matplotlib.figure  # noqa: E402
@@ -73,7 +78,6 @@ TOLERANCE = 0.005  # two attacks are equally strong if their mean cosines on the
 RANKED_AT_ONCE = 256  # images whose cosines with all captions are in memory at a time
 SANITY_IMAGES = 24
 CONVERGENCE_IMAGES = 16
-SCORE_DRAWS, ATTACK_DRAWS = 16, 4  # of a random JPEG quality: averaged in a score, in a step of an attack
 EPS_CURVE = [0, 1, 2, 4, 8, 16, 32, 64]  # grey levels
 
 
@@ -86,7 +90,7 @@ def checkpoint(text):
     file, _ = common.split_place(source)
     readable = os.path.isfile(file) and os.access(file, os.R_OK)
     if not name or not (source.startswith(common.SCHEMAS) or readable):
-        forms = "NAME=a file that can be read, NAME=local-dir:DIR or NAME=hf-hub:ORG/NAME"
+        forms = "NAME=a file that can be read, NAME=local-dir:DIR, NAME=hf-hub:ORG/NAME or NAME=hf-hub:ORG/NAME/FILE"
         raise argparse.ArgumentTypeError(f"{text!r} is not {forms}")
     return name, source
 
@@ -99,9 +103,10 @@ def parse_args(argv=None, given=None):
     flag("--seeds", type=number(1, 100), default=1, help="average this many trainings of each, from --seed on")
     qualities = "a row for each JPEG quality; random: drawn from 30 to 75"
     flag("--qualities", type=jpeg_quality, nargs="*", default=[75, 50, 30], help=qualities)
-    jpeg_row = "a row: JPEG of quality Q in front of the model of another row; repeatable"
-    flag("--defence", action="append", default=[], metavar="MODEL+jpegQ", help=jpeg_row)
-    model = "a row: weights for --model, FILE or FILE::PLACE, or local-dir:DIR or hf-hub:ORG/NAME; repeatable"
+    front = f"a row: jpegQ, {', '.join(FRONTS)} in front of the model of another row, or several; repeatable"
+    flag("--defence", action="append", default=[], metavar="MODEL+FRONT", help=front)
+    model = "a row: local-dir:DIR, hf-hub:ORG/NAME, or weights for --model, FILE or hf-hub:ORG/NAME/FILE, of several"
+    model += " in it FILE::PLACE; repeatable"
     flag("--checkpoint", action="append", default=[], type=checkpoint, metavar="NAME=PATH_OR_MODEL", help=model)
     flag("--adversarial_dir", help="transferred images, of generate_pgd_adversarial.py --split eval")
     flag = parser.add_argument_group("measuring").add_argument
@@ -118,6 +123,186 @@ def parse_args(argv=None, given=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Fronts: what images go through before a model sees them
+
+# encode, here and below: (B, 3, H, W) float32 in [0, 1], normalize=True -> (B, D), by default of unit norm
+
+
+@dataclass(frozen=True)
+class Front:
+    """A defence at test time.
+
+    wrap      (encode, original, generators) -> encode of the defended model; original is encode of the original CLIP,
+              generators holds a torch.Generator for each image of a call
+    attacks   {name: such a wrap, with a gradient}; the white-box attack is the worst of these
+    terms     {name of an attack: (original, generators) -> function of images, (B,), which is added to its loss}
+    acts      (original, generators) -> function of images: on which the defence acts, (B,) bool; None: on all
+    draws     of a random defence: averaged in a score; in a step of an attack. (0, 0) of one that is not random
+    """
+
+    wrap: object
+    attacks: dict
+    terms: dict = field(default_factory=dict)
+    acts: object = None
+    draws: tuple = (0, 0)
+
+
+def make_front(name):
+    """Return the Front of a name as --defence takes it: jpegQ, jpegrandom, ttc, dbd or tte."""
+    if match := re.fullmatch("jpeg(.+)", name):
+        return jpeg_front(jpeg_quality(match[1]))
+    if name not in FRONTS:
+        raise ValueError(f"{name!r} is no defence: there are jpegQ, {', '.join(FRONTS)}")
+    return FRONTS[name]
+
+
+def jpeg_quality(text):
+    """argparse type: a JPEG quality from 1 to 95, or 'random'."""
+    return text if text == "random" else number(1, 95)(text)
+
+
+def jpeg_front(quality):
+    """Return the Front of JPEG; 'random' is a quality from 30 to 75 for each image, drawn in each call."""
+
+    def through(codec):
+        def wrap(encode, original, generators):
+            def defended(images, normalize=True):
+                drawn = [int(torch.randint(30, 76, (1,), generator=each)) for each in generators]
+                return encode(codec(images, drawn if quality == "random" else quality), normalize)
+
+            return defended
+
+        return wrap
+
+    draws = (16, 4) if quality == "random" else (0, 0)
+    return Front(through(jpeg), {"differentiable": through(differentiable_jpeg)}, draws=draws)
+
+
+TTC = {"eps": 4 / 255, "alpha": 1 / 255, "steps": 2, "threshold": 0.2, "beta": 2.0}  # the authors' defaults
+
+
+def ttc_noise(images, generators):
+    """Return uniform noise in the counterattack's ball, cut so that images + noise stay in [0, 1]."""
+    return (images + TTC["eps"] * common.uniform(images, generators)).clamp(0, 1) - images
+
+
+def ttc_tau(original, images, noise):
+    """Return by how much noise changes the original's features, relative to their norm: (B,)."""
+    features = original(images, normalize=False)
+    return (original(images + noise, normalize=False) - features).norm(dim=-1) / features.norm(dim=-1)
+
+
+def ttc(encode, original, generators, attack=None):
+    """Test-time counterattack (Xing et al. 2025, arXiv:2503.03613): push an image away from its own features.
+
+    If noise hardly changes the features, tau < 0.2, the image counts as attacked: two steps of PGD raise the distance
+    to its features, and the mean of all iterates, with weights exp(2 k), is added to it; else the noise is.
+
+    attack   detached: what is added is a constant of the gradient (BPDA, Athalye et al. 2018, arXiv:1802.00420);
+             through: the gradient goes through the steps, tanh in place of the sign and a sigmoid of tau;
+             gate: the noise alone is added, with ttc_gate() as a further term of the loss
+    """
+    through = attack == "through"
+
+    @torch.enable_grad()
+    def added(images):
+        noise = ttc_noise(images, generators)
+        with torch.set_grad_enabled(through):
+            tau, features = ttc_tau(original, images, noise), encode(images, normalize=False)
+        iterates = [noise]
+        for _ in range(TTC["steps"]):
+            delta = iterates[-1] if through else iterates[-1].detach().requires_grad_()
+            distance = (encode(images + delta, normalize=False) - features).square().sum()
+            (grad,) = torch.autograd.grad(distance, delta, create_graph=through)
+            size = grad.detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+            delta = delta + TTC["alpha"] * (torch.tanh(grad / size) if through else grad.sign())
+            iterates.append((images + delta.clamp(-TTC["eps"], TTC["eps"])).clamp(0, 1) - images)
+        weights = torch.softmax(TTC["beta"] * torch.arange(len(iterates), device=images.device), 0)
+        counterattack = sum(weight * delta for weight, delta in zip(weights, iterates))
+        share = torch.sigmoid(50 * (TTC["threshold"] - tau)) if through else (tau < TTC["threshold"]).float()
+        return noise + share[:, None, None, None] * (counterattack - noise)
+
+    def defended(images, normalize=True):
+        if attack == "gate":
+            return encode(images + ttc_noise(images, generators), normalize)
+        with sdpa_kernel(SDPBackend.MATH) if through else nullcontext():  # the others have no second derivatives
+            delta = added(images if through else images.detach())
+            return encode(images + (delta if through else delta.detach()), normalize)
+
+    return defended
+
+
+def ttc_gate(original, generators):
+    """Return how far tau of images is below where no counterattack is made, and a little more, for an attack: (B,)."""
+
+    def term(images):
+        tau = ttc_tau(original, images, ttc_noise(images, generators))
+        return 10 * (tau - 1.25 * TTC["threshold"]).clamp(max=0)
+
+    return term
+
+
+def ttc_acts(original, generators):
+    """Return the function that says of which images TTC takes an image for attacked."""
+    return lambda images: ttc_tau(original, images, ttc_noise(images, generators)) < TTC["threshold"]
+
+
+def random_views(images, generators, count):
+    """Yield views of images, (B, 3, H, W) each, with a gradient: of each image a random crop and flip of its own.
+
+    As torchvision's RandomResizedCrop: from 8 to 100 % of the area, sides 3:4 to 4:3, resampled bilinearly.
+    """
+    for _ in range(count):
+        draws = torch.stack([torch.rand(5, generator=generator) for generator in generators]).to(images.device)
+        area, ratio, across, down, flip = draws.T
+        area, ratio = 0.08 + 0.92 * area, (4 / 3) ** (2 * ratio - 1)
+        width, height = ((area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1))
+        zero, flip = torch.zeros_like(area), torch.where(flip < 0.5, -1.0, 1.0)
+        x, y = (2 * across - 1) * (1 - width), (2 * down - 1) * (1 - height)
+        boxes = torch.stack([width * flip, zero, x, zero, height, y], 1).view(-1, 2, 3)
+        grid = F.affine_grid(boxes, images.shape, align_corners=False)
+        yield F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def dbd(encode, original, generators, count=31, factor=None):
+    """Move features by the mean difference of those of random views: DBD (ICLR 2026), or TTE, the mean of the views.
+
+    count    of views; 31 in a score, 8 in each step of an attack, which are new ones (EOT, Athalye et al. 2018)
+    factor   of the mean difference: 1 is TTE (Perez et al. 2021, arXiv:2107.14110); None is DBD's: 2.5 where the
+             differences agree, their mean cosine with their mean being over 0.8, else 1
+    """
+
+    def defended(images, normalize=True):
+        features = encode(images, normalize=False)
+        # one view at a time is in memory: backward computes each anew
+        found = [
+            compute_again(encode, view, False, use_reentrant=False) for view in random_views(images, generators, count)
+        ]
+        differences = torch.stack(found) - features  # (views, B, D)
+        mean, moved = differences.mean(0), factor
+        if factor is None:
+            agreement = F.cosine_similarity(differences, mean[None], dim=-1).mean(0)
+            moved = torch.where(agreement > 0.8, 2.5, 1.0)[:, None]
+        features = features + moved * mean
+        return F.normalize(features, dim=-1) if normalize else features
+
+    return defended
+
+
+FRONTS = {
+    "ttc": Front(
+        wrap=ttc,
+        attacks={name: partial(ttc, attack=name) for name in ("detached", "through", "gate")},
+        terms={"gate": ttc_gate},
+        acts=ttc_acts,
+        draws=(16, 4),
+    ),
+    "dbd": Front(dbd, {f"factor {x}": partial(dbd, count=8, factor=x) for x in (2.5, 1.0)}, draws=(4, 1)),
+    "tte": Front(partial(dbd, factor=1.0), {"views": partial(dbd, count=8, factor=1.0)}, draws=(4, 1)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Rows: a model, what its images go through first, the images themselves, and the captions to retrieve from
 
 
@@ -127,10 +312,11 @@ class Spec:
 
     row: str  # of the table; the seeds of a training share one
     source: str | None = None  # of load_clip(); None is the original model
-    qualities: tuple = ()  # of the JPEG steps in front of it, in order; 'random' is drawn anew in each call
+    fronts: tuple = ()  # names of what is in front of it; images meet the first one first
     training: object = None  # (script, its flags) of the model, if it is one of TRAININGS
     seconds: float | None = None  # training time
     notes: tuple = ()  # what a reader of its figures must know
+    twin: str | None = None  # of Clip
     key: str = ""  # digest of all that its figures depend on, from identify()
 
 
@@ -170,23 +356,20 @@ def list_rows(args):
 
 
 def defended_specs(name, text, specs):
-    """Return {name: Spec} of MODEL+jpegQ+...: of each seed of the model."""
+    """Return {name: Spec} of MODEL+FRONT+...: of each seed of the model."""
     # --defence takes the name of a training's folder, and the report's, too
     rows = {folder: row for folder, (row, *_) in TRAININGS.items()} | {name: row for row, name in REPORT_NAMES.items()}
     model, *steps = text.split("+")
     known = "; ".join(dict.fromkeys(spec.row for spec in specs.values()))
-    with common.exit_on_error(f"--defence {text}: write MODEL+jpegQ, MODEL one of {known}"):
-        qualities = []
-        for step in steps:
-            if not (match := re.fullmatch("jpeg(.+)", step)):
-                raise ValueError(f"{step!r} is no defence")
-            qualities.append(jpeg_quality(match[1]))
+    with common.exit_on_error(f"--defence {text}: write MODEL+jpegQ or MODEL+ttc, MODEL one of {known}"):
+        if sum(any(make_front(step).draws) for step in steps) > 1:
+            raise ValueError("at most one of its steps may be random")
         model = rows.get(model, model)
         found = {label: spec for label, spec in specs.items() if spec.row == model}
         if not found:
             raise ValueError(f"there is no {model!r}")
     return {
-        name + label.removeprefix(model): replace(spec, row=name, qualities=spec.qualities + tuple(qualities))
+        name + label.removeprefix(model): replace(spec, row=name, fronts=(*spec.fronts, *steps))
         for label, spec in found.items()
     }
 
@@ -227,20 +410,27 @@ class Row:
     right: torch.Tensor  # (N, R) of each image's own captions: the attacked one is the first, and fills up the row
     candidates: torch.Tensor | None  # (N, K) of the captions that each image is ranked among, filled up; None: of all
     equal: torch.Tensor  # (M,) a number below M, the same for captions with equal tokens
-    qualities: tuple = ()  # of Spec
+    fronts: tuple[Front, ...] = ()
+    original: common.Clip | None = None  # the undefended model, for a front that asks it
     keys: tuple = ()  # what parts of its attacks are stored under: Spec.key, and a digest of the code
 
-    def defended_encoder(self, encode_image, seed, codec=jpeg, here=None, draws=SCORE_DRAWS):
-        """Return encode_image of the whole defence.
+    def __post_init__(self):
+        self.original = self.original or self.clip
 
-        seed    of its random draws
-        codec   jpeg, or differentiable_jpeg for gradients
-        here    indices of the row's images that are encoded in each call
-        draws   how many random draws the features of a call are averaged over
-        """
-        draws = draws if "random" in self.qualities else 1
-        among = None if here is None else (len(self.pixels), here)
-        return with_jpeg(codec, self.qualities, encode_image, seed, among, draws)
+    @property
+    def draws(self):
+        """Draws of a random defence in a score, and in a step of an attack; 0 of one that is not random."""
+        return max((front.draws for front in self.fronts), default=(0, 0))
+
+    def attacks(self):
+        """Return the white-box attacks on the defence: of each the names of the fronts' attacks."""
+        return [*itertools.product(*(front.attacks for front in self.fronts))]
+
+    def defended(self, encode, original, generators, attack=None):
+        """Return encode of the whole defence, or as an attack of attacks() sees it."""
+        for i, front in reversed([*enumerate(self.fronts)]):
+            encode = (front.attacks[attack[i]] if attack else front.wrap)(encode, original, generators)
+        return encode
 
     @property
     def own(self):
@@ -269,11 +459,15 @@ class Row:
 
 def row_attack(args, spec):
     """Return the white-box attack of a row."""
-    return common.white_box(args.eps, args.attack_steps, through_jpeg=bool(spec.qualities))
+    attack = common.white_box(args.eps, args.attack_steps, any(name.startswith("jpeg") for name in spec.fronts))
+    return replace(attack, draws=max((make_front(name).draws[1] for name in spec.fronts), default=0))
 
 
 def identify(args, name, spec, data):
-    """Load the model of a row, check it, and let it go; return the Spec with its key, training time and notes."""
+    """Load the model of a row, check it, and let it go; return the Spec with its key, training time and notes.
+
+    The key is that of the row but for the transferred images.
+    """
     row = load_row(args, name, spec, data)
     print_cut_captions(row)
     notes, seconds = [*row.clip.notes], None
@@ -283,10 +477,10 @@ def identify(args, name, spec, data):
         script, flags = spec.training
         seconds, training_notes = check_training(Path(flags.output_dir), script, flags, data.model)
         notes += training_notes
-    inputs = [row.clip.digest, spec.qualities, data.images.checksums, common.digest(data.transfer), args.candidates]
+    inputs = [row.clip.digest, spec.fronts, data.images.checksums, args.candidates]
     inputs += [data.images.candidates] if args.candidates == "mmeb" else []
-    inputs += [asdict(row_attack(args, spec)), args.restarts, args.seed, row.clip.precision]
-    return replace(spec, key=common.digest(inputs), seconds=seconds, notes=tuple(notes))
+    inputs += [asdict(row_attack(args, spec)), args.restarts, args.seed, row.clip.precision, row.original.digest]
+    return replace(spec, key=common.digest(inputs), seconds=seconds, notes=tuple(notes), twin=row.clip.twin)
 
 
 def check_training(folder, script, flags, model):
@@ -317,8 +511,31 @@ def load_row(args, name, spec, data):
     fingerprints = images.fingerprints()
     if leaked := {fingerprints[each] for each in clip.trained_on & fingerprints.keys()}:
         fail(f"leakage: {name} was trained on {len(leaked)} of the evaluation images, such as {min(leaked)}")
-    row = Row(name, clip, images.pixels, transfer, *load_candidates(args.candidates, images), spec.qualities)
+    fronts, original = tuple(map(make_front, spec.fronts)), clip
+    if spec.source and clip.geometry == data.geometry and any(front.acts for front in fronts):
+        original = load_clip(args)
+    row = Row(name, clip, images.pixels, transfer, *load_candidates(args.candidates, images), fronts, original)
     return forgive_equal_captions(row, images.paths)
+
+
+def compare_activations(row, seed):
+    """Score a row's clean images with its activation and with the other one, GELU or QuickGELU, without a defence."""
+    row, margins = replace(row, fronts=()), []
+    for _ in range(2):
+        margins.append(common.gather(score(row, row.pixels, seed)["margin"])[0])
+        row.clip.flip_activation()
+    own, other = margins
+    found = {"margin": float(own.mean()), "margin_of_the_other": float(other.mean())}
+    return found | {"gain_interval": interval(other - own, seed)}
+
+
+def doubt_activation(spec, entry):
+    """Return a note on a row whose clean images are told apart better with the other activation, else None."""
+    found = entry.get("activation")
+    if not (spec.twin and found and found["gain_interval"][0] > 0):
+        return None
+    margins = f"{found['margin']:.4f}, with the other activation {found['margin_of_the_other']:.4f}"
+    return f"clean margin {margins}: its weights may want {spec.twin}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,14 +587,18 @@ def print_cut_captions(row):
         print(f"{row.name}: {cut} of {len(row.captions)} captions are longer than its {length} tokens and are cut")
 
 
+REPORTED, CHOSEN, ATTACKED = (10**10 * (1 + which) for which in range(3))  # added to a seed: sets of draws
+
+
 def encode_row(row, pixels, seed):
-    """Encode a row's images by the whole defence: (N, D); the batch size changes no random draw."""
-    features = []
-    for start in range(0, len(pixels), row.clip.batch_size):
-        here = np.arange(start, min(start + row.clip.batch_size, len(pixels)))
-        encode_image = row.defended_encoder(row.clip.encode_image, seed, here=here)
-        features.append(row.clip.encode_pixels(pixels[here], encode_image))
-    return torch.cat(features)
+    """Encode a row's images by the whole defence, once for each draw: (draws, N, D); no batch size changes a draw."""
+    features, size = [], row.clip.batch_size
+    for start in range(0, len(pixels), size):
+        here = np.arange(start, min(start + size, len(pixels)))
+        generators = common.generators_for(seed, here)
+        encode = row.defended(row.clip.encode_image, row.original.encode_image, generators)
+        features.append([row.clip.encode_pixels(pixels[here], encode) for _ in range(row.draws[0] or 1)])
+    return torch.stack([torch.cat(batches) for batches in zip(*features)])
 
 
 def score(row, pixels, seed, gallery=None):
@@ -388,13 +609,22 @@ def score(row, pixels, seed, gallery=None):
     rank_i2t     of the best own caption, from 0; equal cosines count against the model
     rank_t2i     of the image for each of its own captions (N, R); -1 where it has fewer than R
 
-    gallery   features of other images (N, D), among which each of these is looked for, text to image; by default they
-              are looked for among each other
+    gallery   features of other images (draws, N, D), among which each of these is looked for, text to image; by
+              default they are looked for among each other
 
-    For a defence with random draws the cosines are means over SCORE_DRAWS of them.
+    Of a random defence similarity and margin are means over the draws; ranks have a further, last dimension of draws.
     """
-    features, text_features = encode_row(row, pixels, seed), row.clip.encode_text(row.captions)
-    gallery, parts = features if gallery is None else gallery, []
+    features = encode_row(row, pixels, REPORTED + seed)
+    gallery = features if gallery is None else gallery
+    drawn = [score_features(row, *pair) for pair in zip(features, gallery)]
+    scored = {key: np.stack([values[key] for values in drawn], -1) for key in drawn[0]}
+    random = any(row.draws)
+    return {k: v.mean(-1) if k in ("similarity", "margin") else v if random else v[..., 0] for k, v in scored.items()}
+
+
+def score_features(row, features, gallery):
+    """Score one draw of features (N, D) as score() does."""
+    text_features, parts = row.clip.encode_text(row.captions), []
     for start in range(0, len(features), RANKED_AT_ONCE):
         here = slice(start, start + RANKED_AT_ONCE)
         right = row.right[here].to(features.device)
@@ -414,6 +644,12 @@ def score(row, pixels, seed, gallery=None):
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
+def first_share(scored):
+    """Return in how many draws an own caption of each image is first, 0 or 1 without draws: (N,)."""
+    first = np.asarray(scored["rank_i2t"]) == 0
+    return first.reshape(len(first), -1).mean(1)
+
+
 def rank_images(row, captions, cosines, gallery):
     """Return for each caption how many images of a gallery beat its own one, whose cosine is given: (B,)."""
     images = row.clip.encode_text(row.captions)[captions] @ gallery.T  # (B, N)
@@ -421,56 +657,63 @@ def rank_images(row, captions, cosines, gallery):
     return (images.masked_fill(~wrong, -torch.inf) >= cosines[:, None]).sum(1)
 
 
-def row_loss(attack, row):
-    """Return the loss of an attack on a whole defence, as attack_images() takes it."""
+def row_loss(attack, row, names):
+    """Return the loss of an attack on a whole defence, as attack_all() takes it; names is one of row.attacks()."""
     text_features = row.clip.encode_text(row.captions)
-    own = row.own[:, None].to(row.clip.device)
+    own = row.own.to(row.clip.device)
 
-    def loss(encode_image, here):
-        # random draws are made anew in each step: the momentum averages over them, too
-        defended = row.defended_encoder(encode_image, attack.seed or 0, differentiable_jpeg, here, ATTACK_DRAWS)
-        if attack.loss == "cosine":
-            return common.own_caption(text_features[own[:, 0]], defended, here)
+    def loss(encode, here):
+        generators = common.generators_for(ATTACKED + (attack.seed or 0), here)  # their draws are new in each step
+        original = row.original.attack_encoder() if row.fronts else None
+        defended = row.defended(encode, original, generators, names)
+        terms = [front.terms.get(name) for front, name in zip(row.fronts, names)]
+        terms = [term(original, generators) for term in terms if term]
         wrong, right = row.wrong_captions(here).to(row.clip.device), row.right[here].to(row.clip.device)
 
         def margin(images):  # the lead of the hardest other caption over the best own one
             cosines = defended(images) @ text_features.T  # (B, M)
             return cosines.masked_fill(~wrong, -torch.inf).amax(1) - cosines.gather(1, right).amax(1)
 
-        return margin
+        aim = margin if attack.loss == "margin" else common.own_caption(text_features[own], defended, here)
+        return lambda images: aim(images) + sum(term(images) for term in terms)
 
     return loss
 
 
-def attack_row(attack, row, run=None):
-    """Attack a row once, from noise if the attack has a seed, else from the transferred images; as attack_all()."""
+def attack_row(attack, row, run=None, names=None):
+    """Attack a row once, from noise if the attack has a seed, else from the transferred images; as attack_all().
+
+    names   one of row.attacks(), by default the first
+    """
+    names = names or row.attacks()[0]
     start, what = row.transfer if attack.seed is None else None, f"{row.name}, {attack.loss}"
-    return attack_all(attack, row_loss(attack, row), row.pixels, row.clip, start, run, what, row.keys)
+    keys = *row.keys, names
+    return attack_all(attack, row_loss(attack, row, names), row.pixels, row.clip, start, run, what, keys)
 
 
-def attack_both(attack, row, seed, run=None):
+def attack_both(attack, row, seed, run=None, names=None):
     """Attack a row's cosine, then the margin of images whose own caption is still first.
 
     returns   [pixels_adv of each attack], [what went wrong in each, as pgd() says]
     """
-    lowest, wrong = attack_row(attack, row, run)
-    found, wrong_margin = attack_margin(attack, row, lowest, seed, run)
+    lowest, wrong = attack_row(attack, row, run, names)
+    found, wrong_margin = attack_margin(attack, row, lowest, seed, run, names)
     return [lowest, *found], [wrong, *wrong_margin]
 
 
-def attack_margin(attack, row, lowest, seed, run=None):
+def attack_margin(attack, row, lowest, seed, run=None, names=None):
     """Attack the margin of images whose own caption is first in lowest: from there, then from the transferred images.
 
     returns   as attack_both(); none where no own caption is first any more
     """
     found, wrong, pixels = [], [], lowest
     for start in (lowest.numpy(), row.transfer):
-        ranks = common.gather(score(row, pixels, seed)["rank_i2t"])[0]  # rank 0's floats decide for all
-        first = np.flatnonzero(ranks == 0)
+        shares = common.gather(first_share(score(row, pixels, seed)))[0]  # rank 0's floats decide for all
+        first = np.flatnonzero(shares)
         if not len(first):
             break
         part = replace(row.part(first), transfer=start[first])
-        margin, problems = attack_row(replace(attack, loss="margin", seed=None), part, run)
+        margin, problems = attack_row(replace(attack, loss="margin", seed=None), part, run, names)
         pixels = pixels.clone()
         pixels[first] = margin
         found.append(pixels)
@@ -478,19 +721,39 @@ def attack_margin(attack, row, lowest, seed, run=None):
     return found, wrong
 
 
-def under_attack(row, attack, seed, run=None, gallery=None):
-    """Score a row's images under both attacks, each image at its worst, as score() does.
+def under_attack(row, attack, seed, run=None):
+    """Score a row's images under all its attacks, each image at its worst, as score() does.
 
     These are the raw figures of a radius or a number of steps; what larger attacks find is not in them.
     """
-    found, _ = attack_both(attack, row, seed, run)
-    return worst_of([score(row, pixels, seed, gallery) for pixels in found])
+    found = [pixels for names in row.attacks() for pixels in attack_both(attack, row, seed, run, names)[0]]
+    return worst_of(*score_sets(row, found, seed))
 
 
-def worst_of(scored):
-    """Return of several score() results the worst of each image."""
-    columns = {key: np.stack([values[key] for values in scored]) for key in scored[0]}  # (results, N)
-    return {key: values.max(0) if key.startswith("rank") else values.min(0) for key, values in columns.items()}
+def score_sets(row, sets, seed, gallery=None):
+    """Score sets of images twice, to choose each image's worst by and to report: a random defence on other draws."""
+    reported = [score(row, pixels, seed, gallery) for pixels in sets]
+    return [score(row, pixels, CHOSEN + seed, gallery) for pixels in sets] if any(row.draws) else reported, reported
+
+
+def worst_of(chosen, reported=None):
+    """Return of several score() results the worst of each image: chosen by the first ones, as the others report it."""
+    reported, worst = reported or chosen, {}
+    for key in chosen[0]:
+        which = np.stack([standing(scored, key) for scored in chosen]).argmin(0)
+        figures = np.stack([scored[key] for scored in reported])
+        which = which.reshape(which.shape + (1,) * (figures.ndim - 1 - which.ndim))  # for all draws the same
+        worst[key] = np.take_along_axis(figures, which[None], 0)[0]
+    return worst
+
+
+def standing(scored, key):
+    """Return how good a score() result is for each image; of ranks how often it is first, then how far behind."""
+    values = np.asarray(scored[key])
+    if not key.startswith("rank"):
+        return values
+    values = (values == 0) - values / 1e9
+    return values.mean(-1) if np.ndim(scored["rank_i2t"]) == 2 else values  # over the draws
 
 
 def scaled(attack, eps):
@@ -508,53 +771,107 @@ class Measured:
     health: dict  # {what went wrong in the attacks: how often}
     lowest: torch.Tensor  # uint8 (N, 3, H, W), of each image the attacked one of the lowest cosine
     ranks: list  # of the own caption, for lowest
-    outranked: dict  # {index: (pixels, cosine, rank)} where only another attacked image loses its own caption
+    outranked: dict  # {index: (pixels, cosine, rank)} where another attacked image loses its own caption more often
     chance: float  # R@1 of a random ranking
+    alone: dict  # {attack of a front with several: (cosine, R@1) by it alone}
+    acts: dict  # {condition: share of images on which the fronts act}, if they choose
 
 
 def measure(row, attack, starts, seed, run=None):
     """Measure one row under every condition."""
-    gallery = encode_row(row, row.pixels, seed)  # one attacked image stands among clean ones
+    gallery = encode_row(row, row.pixels, REPORTED + seed)  # one attacked image stands among clean ones
     clean, transfer = (score(row, pixels, seed, gallery) for pixels in (row.pixels, row.transfer))
-    print(f"{row.name}: clean R@1 {(clean['rank_i2t'] == 0).mean():.2f}", flush=True)
+    print(f"{row.name}: clean R@1 {first_share(clean).mean():.2f}", flush=True)
     # the transferred images count as white-box, too; resized ones may have left the ball
     levels = common.grey_levels(attack.eps)
     low, high = np.maximum(row.pixels, levels) - levels, np.minimum(row.pixels, 255 - levels) + levels
-    sets, wrong = [torch.from_numpy(row.transfer.clip(low, high))], []
-    for start in range(starts):  # the transferred images, then noise
-        found, problems = attack_both(replace(attack, seed=seed + 7919 * start if start else None), row, seed, run)
-        sets, wrong = sets + found, wrong + problems
-    few = row.part(slice(CONVERGENCE_IMAGES))
-    longer, _ = attack_row(replace(attack, steps=2 * attack.steps), few, run)
-    cosines = [score(few, pixels, seed)["similarity"].mean() for pixels in (sets[1][:CONVERGENCE_IMAGES], longer)]
+    sets, wrong, members = [torch.from_numpy(row.transfer.clip(low, high))], [], {}
+    for names in row.attacks():
+        for start in range(starts):  # the transferred images, then noise
+            begin = replace(attack, seed=seed + 7919 * start if start else None)
+            found, problems = attack_both(begin, row, seed, run, names)
+            members.setdefault(names, []).extend(range(len(sets), len(sets) + len(found)))
+            sets, wrong = sets + found, wrong + problems
+    chosen, reported = score_sets(row, sets, seed, gallery)
+    cosine = np.stack([scored["similarity"] for scored in chosen])  # (sets, N)
+    share = np.stack([standing(scored, "rank_i2t") for scored in chosen])
 
-    scored = [score(row, pixels, seed, gallery) for pixels in sets]
-    recall_fall = check_survivors(row, attack, worst_of(scored)["rank_i2t"], sets[1], seed, run)
-    cosine, rank = (np.stack([values[key] for values in scored]) for key in ("similarity", "rank_i2t"))  # (sets, N)
-    by_cosine, by_rank, images, outranked = cosine.argmin(0), rank.argmax(0), torch.stack(sets), {}
-    for i, (first, last) in enumerate(zip(by_cosine, by_rank)):  # indices of the sets: lowest cosine, worst rank
-        if rank[first, i] == 0 < rank[last, i]:
-            outranked[i] = images[last, i], float(cosine[last, i]), int(rank[last, i])
+    # convergence is checked by the attack of the lowest cosine
+    names = min(members, key=lambda names: cosine[members[names][0]].mean())
+    first, few = sets[members[names][0]], row.part(slice(CONVERGENCE_IMAGES))
+    longer, _ = attack_row(replace(attack, steps=2 * attack.steps), few, run, names)
+    cosines = [score(few, pixels, seed)["similarity"].mean() for pixels in (first[:CONVERGENCE_IMAGES], longer)]
+    white_box = worst_of(chosen, reported)
+    recall_fall = check_survivors(row, attack, white_box, first, seed, run, names)
+
+    by_cosine, by_rank, images, outranked = cosine.argmin(0), share.argmin(0), torch.stack(sets), {}
+    for i, (low, last) in enumerate(zip(by_cosine, by_rank)):  # indices of the sets: lowest cosine, worst rank
+        if np.ceil(share[low, i]) > np.ceil(share[last, i]):
+            scored = reported[last]
+            outranked[i] = images[last, i], float(scored["similarity"][i]), scored["rank_i2t"][i].tolist()
     every_image = np.arange(len(row.pixels))
     lowest = images[by_cosine, every_image]
     health = {key: sum(int(problems[key].sum()) for problems in wrong) for key in wrong[0]}
     health["max_abs_delta_grey_levels"] = int(common.linf_grey_levels(row.pixels, lowest).max())
-    conditions = {"clean": clean, "transfer": transfer, "white_box": worst_of(scored)}
-    ranks = rank[by_cosine, every_image].tolist()
+    health["vanishing_gradient"] = count_vanishing(few, attack)
+    conditions = {"clean": clean, "transfer": transfer, "white_box": white_box}
+    ranks = [reported[which]["rank_i2t"][i].tolist() for i, which in enumerate(by_cosine)]
     chance = (1 / count_candidates(row)).mean().item()
-    fall = float(cosines[0] - cosines[1])
-    return Measured(conditions, fall, recall_fall, health, lowest, ranks, outranked, chance)
+    alone = {}
+    for names, indices in members.items() if len(members) > 1 else ():
+        worst = worst_of([chosen[i] for i in indices], [reported[i] for i in indices])
+        alone["+".join(names)] = float(worst["similarity"].mean()), float(first_share(worst).mean())
+    shown = zip(conditions, (row.pixels, row.transfer, lowest.numpy()))
+    acts = {name: share_of_acts(row, pixels, seed) for name, pixels in shown}
+    return Measured(
+        conditions=conditions,
+        fall=float(cosines[0] - cosines[1]),
+        recall_fall=recall_fall,
+        health=health,
+        lowest=lowest,
+        ranks=ranks,
+        outranked=outranked,
+        chance=chance,
+        alone=alone,
+        acts={} if None in acts.values() else acts,
+    )
 
 
-def check_survivors(row, attack, ranks, lowest, seed, run=None):
+def check_survivors(row, attack, scored, lowest, seed, run=None, names=None):
     """Attack some images that kept their own caption with twice the steps: how many lose it, of how many."""
-    survivors = np.flatnonzero(common.gather(ranks)[0] == 0)[:CONVERGENCE_IMAGES]
+    survivors = np.flatnonzero(common.gather(first_share(scored))[0] >= 0.5)[:CONVERGENCE_IMAGES]
     if not len(survivors):
         return [0, 0]
     part = row.part(survivors)
-    found, _ = attack_margin(replace(attack, steps=2 * attack.steps), part, lowest[survivors], seed, run)
-    kept = worst_of([score(part, pixels, seed) for pixels in found])["rank_i2t"] == 0
+    found, _ = attack_margin(replace(attack, steps=2 * attack.steps), part, lowest[survivors], seed, run, names)
+    kept = first_share(worst_of(*score_sets(part, found, seed))) >= 0.5
     return [int((~kept).sum()), len(survivors)]
+
+
+def count_vanishing(row, attack):
+    """Count images at which the gradient of each attack is over 1e6 times smaller than without the fronts."""
+
+    def size(row, names):
+        images = as_images(row.transfer, row.clip.device).requires_grad_()
+        with common.tf32(row.clip.precision != "fp32"):
+            loss = row_loss(attack, row, names)(row.clip.attack_encoder(), np.arange(len(images)))(images)
+            return torch.autograd.grad(loss.sum(), images)[0].abs().double().mean((1, 2, 3))
+
+    if not row.fronts:
+        return 0
+    bare, defended = size(replace(row, fronts=()), ()), [size(row, names) for names in row.attacks()]
+    return int((torch.stack(defended).amax(0) < 1e-6 * bare).sum())
+
+
+@torch.no_grad()
+def share_of_acts(row, pixels, seed):
+    """Return the share of images on which the row's fronts act, over the draws; None where they do not choose."""
+    images, shares = as_images(pixels, row.clip.device), []
+    for front in row.fronts:
+        if front.acts:
+            acts = front.acts(row.original.encode_image, common.generators_for(REPORTED + seed, range(len(images))))
+            shares += [acts(images).float().mean().item() for _ in range(front.draws[0])]
+    return float(np.mean(shares)) if shares else None
 
 
 def save_white_box(folder, measured, images):
@@ -655,9 +972,13 @@ def summarise(per_seed, seed, original=None):
 
 
 def success_rate(clean, attacked):
-    """Return the share of images that no longer rank their own caption first, of those that did; None if none did."""
-    right = clean["rank_i2t"] == 0
-    return float((attacked["rank_i2t"][right] > 0).mean()) if right.any() else None
+    """Return the share of images that no longer rank an own caption first, of those that did; None if none did.
+
+    Of a random defence: of those that did in half of the draws, the part of these draws that is lost.
+    """
+    before, after = first_share(clean), first_share(attacked)
+    right = before >= 0.5
+    return float(1 - after[right].sum() / before[right].sum()) if right.any() else None
 
 
 def summarise_rows(record, specs, seed):
@@ -694,6 +1015,7 @@ def summarise_rows(record, specs, seed):
         seconds = [specs[name].seconds for name in members]
         rows[row]["training_seconds"] = None if None in seconds else float(np.mean(seconds))
         rows[row]["note"] = "; ".join(dict.fromkeys(note for name in members for note in record["notes"][name])) or None
+        rows[row]["doubtful"] = any(record["doubtful"][name] for name in members)
         rows[row]["members"] = members
     return rows
 
@@ -715,7 +1037,7 @@ def compare_rows(record, seed):
         for row in rows:
             members = [record["per_image"][name]["white_box"] for name in row["members"]]
             similarities.append([values["similarity"] for values in members])
-            recalls.append([values["rank_i2t"] < 1 for values in members])
+            recalls.append([first_share(values) for values in members])
         difference, recall = (np.mean(one, 0) - np.mean(other, 0) for one, other in (similarities, recalls))
         low, high = interval(difference, seed)
         slack = max(row["fall"] if row["not_converged"] else 0 for row in rows)
@@ -748,7 +1070,7 @@ def sanity(row, attack, seed, run=None):
     def attacked(attack):
         """Similarities, and whether the own caption is first, (N,) each, under both attacks."""
         worst = under_attack(row, attack, seed, run)
-        return worst["similarity"], worst["rank_i2t"] < 1
+        return worst["similarity"], first_share(worst)
 
     pixels_adv, wrong = attack_row(attack, row, run)
     base, first = attacked(attack)
@@ -770,7 +1092,7 @@ def sanity(row, attack, seed, run=None):
     checks.append((f"three starts lower it by at most {TOLERANCE}", PASS if converged else NOT_CONVERGED, figures))
 
     clean = score(row, row.pixels, seed)
-    found = [(clean["similarity"], clean["rank_i2t"] < 1)]
+    found = [(clean["similarity"], first_share(clean))]
     found += [attacked(scaled(attack, levels / 255)) for levels in EPS_CURVE[1:]]
     curve = [(levels, float(cosine.mean()), float(first.mean())) for levels, (cosine, first) in zip(EPS_CURVE, found)]
     recalls = [recall for *_, recall in curve]
@@ -794,7 +1116,7 @@ def sanity(row, attack, seed, run=None):
 
     once, again = similarity(pixels_adv), similarity(pixels_adv, seed + 1)
     apart, shift = float(np.abs(again - once).max()), float((again - once).mean())
-    same = abs(shift) <= TOLERANCE if "random" in row.qualities else apart < 1e-3
+    same = abs(shift) <= TOLERANCE if any(row.draws) else apart < 1e-3
     figures = f"other draws change the mean by {shift:+.4f}, an image by at most {apart:.1e}"
     checks.append(("scores are reproducible", PASS if same else FAIL, figures))
     return {"checks": checks, "fall": fall, "eps_curve": curve}
@@ -811,7 +1133,7 @@ def percent(share):
 def setting(record):
     args = record["args"]
     eps, alpha = (f"{args[key] * 255:.4g}/255" for key in ("eps", "alpha"))
-    model = f"{args['model']} {args['pretrained']}".strip()
+    model = f"{args['model']} {args['pretrained']}".strip().replace(f"{common.ROOT}/", "")
     kinds = f"transfer: PGD, {args['steps']} steps of {alpha}; white-box: momentum PGD, {args['attack_steps']} steps"
     return f"{model}, n = {record['n']}, eps {eps}", kinds
 
@@ -823,9 +1145,9 @@ def marks_of(record):
         failed = False
         for member in row["members"]:
             health, checks = record["health"][member], record["sanity"].get(member, {}).get("checks", [])
-            failed |= health["zero_gradient"] + health["nonfinite"] > 0
+            failed |= any(health[problem] for problem in ("zero_gradient", "nonfinite", "vanishing_gradient"))
             failed |= any(result == FAIL for _, result, _ in checks)
-        doubtful = row["clean_recall_i2t@1"] < least or not row["above_chance"]
+        doubtful = row["clean_recall_i2t@1"] < least or not row["above_chance"] or row["doubtful"]
         marks[name] = " (!)" * failed + " (?)" * doubtful + " (*)" * bool(row["note"])
     return marks
 
@@ -833,8 +1155,9 @@ def marks_of(record):
 MARKS = {
     "(!)": "its attack met gradients that vanish or are not finite, or it fails a sanity check: do not trust its "
     "white-box figures.",
-    "(?)": "clean R@1 is under a third of the original's, or not above chance. Look for a configuration without the "
-    "quick_gelu that the weights want, weights of another model, or captions that its text tower does not know.",
+    "(?)": "clean R@1 is under a third of the original's, or not above chance, or the weights may want another "
+    "activation. Look for a configuration without the quick_gelu that they want, weights of another model, or captions "
+    "that its text tower does not know.",
 }
 
 
@@ -861,11 +1184,27 @@ def notes_on(record, marks, shown=str):
     if checked:
         counts = "; ".join(f"{shown(name)} {fallen} of {count}" for name, (fallen, count) in checked.items())
         notes.append(f"Images that kept their caption and lose it with twice the steps: {counts}.")
+    for name, row in record["rows"].items():
+        notes += [shown(f"{name}: {text}") for member in row["members"][:1] for text in front_notes(record, member)]
     if any(row["training_seconds"] is not None and not row["per_seed"] for row in record["rows"].values()):
         notes.append("Each trained row is of one seed, which is one draw: --reproduce --seeds 3 trains it three times.")
     notes += [shown(f"{mark}: {text}") for mark, text in MARKS.items() if mark in "".join(marks.values())]
     notes += [f"(*) {shown(name)}: {shown(row['note'])}" for name, row in record["rows"].items() if row["note"]]
     return notes + ([f"transfer: {shown(record['transfer_note'])}"] if record["transfer_note"] else [])
+
+
+def front_notes(record, member):
+    """Return what is known of the fronts of a row's first seed: each attack alone, and where the fronts act."""
+    notes = []
+    if alone := record["alone"][member]:
+        figures = (f"{name} {cosine:.3f}, {recall:.0%}" for name, (cosine, recall) in alone.items())
+        notes.append(f"white-box cosine and R@1 by each attack alone: {'; '.join(figures)}.")
+    if acts := record["acts"][member]:
+        shares = ", ".join(f"{share:.0%} {CONDITIONS[kind][0]}" for kind, share in acts.items())
+        notes.append(f"it takes for attacked and counters {shares} images.")
+        if acts["clean"] > 0.5:
+            notes.append("most clean images are taken for attacked: the authors' threshold does not suit this model.")
+    return notes
 
 
 def range_of(row, key):
@@ -1123,24 +1462,6 @@ def draw_cosines(path, record):
         axis.legend(ncols=3, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
 
 
-def draw_table(path, record):
-    """Draw the table's mean cosines as bars with their 95 % intervals, and the seeds as dots."""
-    rows = record["rows"]
-    with drawn(path, (max(7, 1.3 * len(rows)), 4.4), rows) as (((axis,),), names):
-        for k, (condition, (label, colour)) in enumerate(CONDITIONS.items()):
-            means = np.array([row[f"{condition}_similarity"] for row in rows.values()])
-            low, high = np.array([row[f"{condition}_interval"] for row in rows.values()]).T
-            at = np.arange(len(rows)) + 0.27 * (k - 1)
-            axis.bar(at, means, 0.25, color=colour, label=label, yerr=[means - low, high - means], capsize=2)
-            for x, row in zip(at, rows.values()):
-                seeds = [summary[f"{condition}_similarity"] for summary in row["per_seed"].values()]
-                axis.plot([x] * len(seeds), seeds, "k.", markersize=4)
-        axis.axhline(0, color="black", linewidth=0.6)
-        axis.set_xticks(range(len(rows)), tick_labels(names, record), fontsize=9)
-        axis.set_ylabel("mean cosine with the own caption")
-        axis.legend(ncols=3, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
-
-
 def draw_curves(path, curves, count):
     """Draw similarity and R@1 against the radius: {row: [(grey levels, similarity, R@1)]}, over count images."""
     levels = sorted({point[0] for curve in curves.values() for point in curve})
@@ -1157,28 +1478,26 @@ def draw_curves(path, curves, count):
 # The table, made of one file for each row: rows/<row>-<key>.json
 
 
-WRITES = ["rows", "white_box", "table.md", "examples.png", "cosines.png", "table.png", "eps_curves.png", "radii.png"]
+WRITES = ["rows", "white_box", "table.md", "examples.png", "cosines.png", "eps_curves.png", "radii.png"]
 
 
 def main(args):
     specs = list_rows(args)
     run = common.Run(args, __file__, "", WRITES)
-    data = load_evaluation(args)
-    for name, spec in specs.items():  # what was given is looked at before the first training
-        if not spec.training:
-            specs[name] = identify(args, name, spec, data)
+    data = load_evaluation(args, specs)
     if args.reproduce:
         for spec in specs.values():
-            if spec.training and not spec.qualities:
+            if spec.training and not spec.fronts:
                 script, flags = spec.training
                 print(f"\n{Path(script.__file__).name}: {flags.output_dir}", flush=True)
                 script.main(flags)
     for name, spec in specs.items():
         if spec.training:
-            specs[name] = identify(args, name, spec, data)
+            spec = identify(args, name, spec, data)
+        specs[name] = replace(spec, key=common.digest([spec.key, common.digest(data.transfer)]))
 
     entries = {name: common.gather(read_entry(run.dir, name, spec))[0] for name, spec in specs.items()}
-    missing = [name for name, entry in entries.items() if missing_parts(args, entry)]
+    missing = [name for name, entry in entries.items() if missing_parts(args, specs[name], entry)]
     if missing:
         run.begin(any_code=True)
     for name in missing:
@@ -1199,14 +1518,21 @@ def main(args):
     print(f"\n{console_table(record)}\n\nin {run.dir}: table.md, metrics.json and figures")
 
 
-def load_evaluation(args):
-    """Return the Evaluation of the original model; transferred images that are missing are made."""
+def load_evaluation(args, specs=None):
+    """Return the Evaluation of the original model; transferred images that are missing are made.
+
+    specs   {name: Spec}: those of given models are identified before the first attack, which one of them may forbid
+    """
     clip = load_clip(args)
     images = common.load_images(args, "eval", clip.geometry)
     row = Row("original", clip, images.pixels, images.pixels, *load_candidates(args.candidates, images))
     forgive_equal_captions(row, images.paths)  # exits before the first attack
+    data = Evaluation(images, images.pixels, None, clip.geometry, clip.digest, clip.weights_digest)
+    for name, spec in (specs or {}).items():
+        if not spec.training:
+            specs[name] = identify(args, name, spec, data)
     transfer, made = generate.adversarial_images(args, "eval", clip, images)
-    return Evaluation(images, transfer, made["note"], clip.geometry, clip.digest, clip.weights_digest)
+    return replace(data, transfer=transfer, note=made["note"])
 
 
 def file_name(name, spec):
@@ -1222,9 +1548,10 @@ def read_entry(folder, name, spec):
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def missing_parts(args, entry):
-    """Return what is asked for and not in a row's file: figures, radii, sanity."""
-    missing = [] if "figures" in entry else ["figures"]
+def missing_parts(args, spec, entry):
+    """Return what is asked for and not in a row's file: activation, figures, radii, sanity."""
+    missing = ["activation"] * bool(spec.twin and "activation" not in entry)
+    missing += ["figures"] * ("figures" not in entry)
     missing += [eps for eps in args.radii if common.radius_text(eps) not in entry.get("radii", {})]
     return missing + ["sanity"] * (args.sanity and "sanity" not in entry)
 
@@ -1241,13 +1568,18 @@ def measure_row(args, run, name, spec, entry, data):
             (run.dir / "rows").mkdir(exist_ok=True)
             common.save(run.dir / "rows" / f"{file_name(name, spec)}.json", entry)
 
+    if spec.twin and "activation" not in entry:
+        entry["activation"] = compare_activations(row, args.seed) | code
+        store()
+    if doubt := doubt_activation(spec, entry):
+        print(f"note: {name}: {doubt}", flush=True)
     if "figures" not in entry:
         measured = measure(row, attack, args.restarts, args.seed, run)
         if not common.RANK:
             save_white_box(folder, measured, data.images)
         if name == "original":
             draw_original(args, run, row, measured)
-        kinds = ("fall", "recall_fall", "health", "chance")
+        kinds = ("fall", "recall_fall", "health", "chance", "alone", "acts")
         entry["figures"] = {"per_image": measured.conditions} | {kind: getattr(measured, kind) for kind in kinds} | code
         store()
     for eps in args.radii:
@@ -1262,7 +1594,7 @@ def measure_row(args, run, name, spec, entry, data):
 
 def draw_original(args, run, row, measured):
     """Draw a few images of the original model, attacked without and through JPEG 30."""
-    few = replace(row.part(slice(3)), qualities=(30,))
+    few = replace(row.part(slice(3)), fronts=(jpeg_front(30),))
     attacked_jpeg, _ = attack_row(common.white_box(args.eps, args.attack_steps, through_jpeg=True), few, run)
     if not common.RANK:
         draw_examples(run.dir / "examples.png", row.part(slice(3)), measured.lowest[:3], attacked_jpeg)
@@ -1270,12 +1602,13 @@ def draw_original(args, run, row, measured):
 
 def collect(args, specs, entries):
     """Return what the table shows of the rows' files: {kind: {name: ...}}."""
-    record = {kind: {} for kind in ("per_image", "fall", "recall_fall", "health", "chance", "sanity", "radii", "notes")}
+    kinds = "recall_fall", "health", "chance", "alone", "acts"
+    record = {kind: {} for kind in ("per_image", "fall", *kinds, "sanity", "radii", "notes", "doubtful")}
     for name, entry in entries.items():
         figures = entry["figures"]
         per_image = {condition: as_arrays(scored) for condition, scored in figures["per_image"].items()}
         record["per_image"][name] = per_image
-        for kind in ("recall_fall", "health", "chance"):
+        for kind in kinds:
             record[kind][name] = figures[kind]
         checks = entry["sanity"] if args.sanity else None
         if checks:
@@ -1284,7 +1617,9 @@ def collect(args, specs, entries):
         if args.radii:
             raw = {eps: as_arrays(entry["radii"][common.radius_text(eps)]) for eps in sorted(args.radii)}
             record["radii"][name] = radius_curve(args, per_image, raw)
-        record["notes"][name] = [*specs[name].notes]
+        doubt = doubt_activation(specs[name], entry)
+        record["doubtful"][name] = bool(doubt)
+        record["notes"][name] = [*specs[name].notes, *filter(None, [doubt])]
         if maker := common.other_maker(figures, __file__):
             record["notes"][name].append(f"measured by {maker}")
     return record
@@ -1306,11 +1641,11 @@ def radius_curve(args, per_image, raw):
     """
     keys = "similarity", "rank_i2t"
     worst = {key: per_image["clean"][key] for key in keys}
-    curve = [(0, float(worst["similarity"].mean()), float((worst["rank_i2t"] < 1).mean()))]
+    curve = [(0, float(worst["similarity"].mean()), float(first_share(worst).mean()))]
     for eps, found in raw.items():
         table = [{key: per_image["white_box"][key] for key in keys}] if eps >= args.eps else []
         worst = worst_of([worst, found, *table])
-        curve.append((round(eps * 255, 6), float(worst["similarity"].mean()), float((worst["rank_i2t"] < 1).mean())))
+        curve.append((round(eps * 255, 6), float(worst["similarity"].mean()), float(first_share(worst).mean())))
     return curve
 
 
@@ -1320,7 +1655,6 @@ def show(run, record):
         return
     common.save(run.dir / "table.md", markdown_table(record))
     draw_cosines(run.dir / "cosines.png", record)
-    draw_table(run.dir / "table.png", record)
     curves = {name: record["sanity"][name]["eps_curve"] for name in record["rows"] if name in record["sanity"]}
     if curves:
         draw_curves(run.dir / "eps_curves.png", curves, min(SANITY_IMAGES, record["n"]))

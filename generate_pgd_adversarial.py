@@ -19,6 +19,7 @@ Files written to --output_dir (default runs/<preset>/adversarial_<split>):
 
 import hashlib
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(args):
 
 
 def open_run(args):
-    return common.Run(args, __file__, "split eps alpha steps seed", ["images", "metadata.jsonl"])
+    return common.Run(args, __file__, "split eps alpha steps seed", ["images", *common.METADATA])
 
 
 def adversarial_images(args, split, clip, images):
@@ -85,20 +86,19 @@ def complete(run, args, clip, images):
     """Make the adversarial images that a folder lacks; return all of them: uint8 (N, 3, H, W)."""
     run.identify(model=clip.digest, precision=clip.precision)
     with common.exit_on_error(f"--output_dir {run.dir}"):
-        lines, found = read_folder(run.dir, images, args.eps)
+        found = read_folder(run.dir, images, args.eps)
     missing = common.gather([i for i in range(len(images)) if i not in found])[0]  # as rank 0 sees the folder
     if not missing and run.done:
         return np.stack([found[i] for i in range(len(images))])
 
+    clip.encode_text(images.own_captions)  # damaged weights end it here, before the folder is theirs
+    clip.encode_pixels(images.pixels[:1])
     run.begin()
+    write_lines(run.dir, images)
     found |= make(run, args, clip, images, missing)
-    lines = read_lines(run.dir)
-    wanted = [image_file(name) for name in images.names]  # in the order of the data, then what other commands wanted
-    lines = [lines[file] for file in [*wanted, *(file for file in lines if file not in {*wanted})]]
-    if not common.RANK:
-        common.save(run.dir / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    lines = write_lines(run.dir, images)
     figures = summarise(lines)
-    run.finish(clip.device, **figures)
+    run.finish(clip.device, **figures, images_per_s=len(lines) / run.seconds())
     mark = "" if figures["share_lowered"] >= 0.99 else " (!)"
     print(
         f"{run.dir}: {figures['n']} images, similarity {figures['clean_similarity']:.4f} -> "
@@ -187,10 +187,25 @@ def read_lines(folder):
     return {line["file_name"]: line for line in lines}
 
 
-def read_folder(folder, images, eps):
-    """Return the lines of a folder, and the pixels of those of these images that it has: {index: uint8 (3, H, W)}.
+def write_lines(folder, images):
+    """Move the lines of parts into metadata.jsonl; return all lines: those of these images first, in their order."""
+    lines = None
+    if not common.RANK:
+        found = read_lines(folder)
+        wanted = [file for file in map(image_file, images.names) if file in found]
+        lines = [found[file] for file in dict.fromkeys([*wanted, *found])]
+    if lines:
+        common.save(folder / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+    return common.gather(lines)[0]
+
+
+def read_folder(folder, images, eps, other="choose another --output_dir"):
+    """Return the pixels of those of these images that a folder has: {index: uint8 (3, H, W)}.
 
     Raise ValueError if one of the images is another image's, was altered, or lies outside the ball.
+
+    other   what to do about a folder of other images
     """
     lines, found = read_lines(folder), {}
     for i, name in enumerate(common.progress(images.names, "read", unit="image")):
@@ -199,7 +214,7 @@ def read_folder(folder, images, eps):
         if line is None or not (folder / file).exists():
             continue
         if (line["source"], line["caption"]) != (images.checksums[i], images.captions[i][0]):
-            raise ValueError(f"it holds images of another data set, such as {file}: choose another --output_dir")
+            raise ValueError(f"it holds images of another data set, such as {file}: {other}")
         data, clean = (folder / file).read_bytes(), images.pixels[i]
         if hashlib.sha256(data).hexdigest() != line["sha256"]:
             raise ValueError(f"{file} was altered after it was made: restore it, or remove that folder")
@@ -210,22 +225,23 @@ def read_folder(folder, images, eps):
         if pixels.shape != clean.shape or common.linf_grey_levels(pixels, clean) > common.grey_levels(eps):
             raise ValueError(f"{file} is of another size than the image, or outside the ball around it")
         found[i] = pixels
-    return lines, found
+    return found
 
 
 def read_only(folder, args, clip, images):
     """Return the adversarial images of a folder that --adversarial_dir names; exit if one is missing."""
+    remedy = "leave the flag out to have the images made"
     with common.exit_on_error(f"--adversarial_dir {folder}"):
         record = common.read_record(folder / "run.json")
         if not record:
-            raise ValueError("it is no folder of generate_pgd_adversarial.py: leave the flag out to have one made")
+            raise ValueError(f"it is no folder of generate_pgd_adversarial.py: {remedy}")
         wanted = {"script": Path(__file__).name, "split": args.split, "eps": args.eps, "model": clip.digest}
         for key, value in wanted.items():
             if record["identity"].get(key) != value:
-                raise ValueError(f"it has {common.difference(key, record['identity'].get(key), value)}")
-        _, found = read_folder(folder, images, args.eps)
+                raise ValueError(f"it has {common.difference(key, record['identity'].get(key), value)}: {remedy}")
+        found = read_folder(folder, images, args.eps, remedy)
         if len(found) < len(images):
-            raise ValueError(f"it has {len(found)} of the {len(images)} images: leave the flag out to have them made")
+            raise ValueError(f"it has {len(found)} of the {len(images)} images: {remedy}")
     return np.stack([found[i] for i in range(len(images))])
 
 

@@ -776,7 +776,7 @@ def test_a_line_of_metadata_changes_no_twin_or_is_refused_in_one_line(at, change
         lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
         (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
         try:
-            found = generate.read_folder(folder, images, 8 / 255)[1]
+            found = generate.read_folder(folder, images, 8 / 255)
         except ValueError as error:
             found, said = {}, str(error)
             assert "metadata.jsonl is damaged" in said or "images/" in said

@@ -431,3 +431,34 @@ def test_reproduce_in_one_process_trains_each_seed_on_the_images_of_the_first(tm
     }  # fmt: skip
     printed, _ = table.run(*words)
     assert printed.count("nothing to do") == 3
+
+
+def test_no_second_file_of_captions_is_written_beside_own_pictures(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,caption\npicture.png,A ring.\n")
+    line = refused(GENERATE, *SMALL, "--num_images", 1, "--output_dir", tmp_path)
+    assert "it holds metadata.csv and no run.json of these scripts: choose another --output_dir" in line
+
+
+@pytest.mark.parametrize("name, scale", [("text_projection", 1e38), ("visual.ln_post.weight", 1e38)])
+@pytest.mark.parametrize("command", [[GENERATE, *SMALL, "--num_images", 2], [MAT, *TRAINING]])
+def test_weights_without_finite_features_leave_a_folder_to_the_right_ones(command, name, scale, tmp_path):
+    state = load_file(TINY / "clip" / "open_clip_model.safetensors")
+    save_file(state | {name: state[name].float() * scale}, tmp_path / "damaged.safetensors")
+    words = [*command, "--output_dir", tmp_path / "out"]
+    assert "the weights are damaged" in refused(*words, *OTHER_WEIGHTS, tmp_path / "damaged.safetensors")
+    shell(*words)
+    assert metrics(tmp_path / "out")["n"] in (2, 4)
+
+
+def test_adversarial_images_that_do_not_fit_are_one_line_whose_remedy_works(tmp_path):
+    generated(tmp_path / "images", 2)
+    jpeg = ["eval_jpeg.py", *SMALL, "--attack_steps", 1, "--qualities", 50, "--output_dir", tmp_path / "out" / "jpeg"]
+    for words, said in (
+        (["--num_images", 3], "it has 2 of the 3 images"),
+        (["--num_images", 2, "--eps", "4/255"], "it has --eps 8/255, not 4/255"),
+        (["--num_images", 2, "--eval_data", "train"], "another data set, such as images/000000.png"),
+    ):
+        line = refused(*jpeg, *words, "--adversarial_dir", tmp_path / "images")
+        assert line.endswith(f"{said}: leave the flag out to have the images made")
+    shell(*jpeg, *words)
+    assert metrics(tmp_path / "out" / "jpeg")["n"] == 2

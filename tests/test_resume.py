@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import assert_equal, fork, join, lines_of, metrics, pictures, refusal, shell
+from conftest import assert_equal, fork, join, jsonl, lines_of, metrics, pictures, refusal, shell
 
 import common
 import evaluate  # noqa: F401 - for the processes that are forked
@@ -58,11 +58,11 @@ KINDS = {  # the command; what meets it, one after the other in one folder; a ca
         ["generate_pgd_adversarial.py", *SMALL, *PICTURES, "--batch_size", 1],
         [
             Fault(PGD, 2, "SIGKILL"),  # the first image is done
-            Fault(WRITE, 2, "disk full", *FULL),  # a PNG
+            Fault(WRITE, 3, "disk full", *FULL),  # a PNG
             Fault(PGD, 1, "large files fail", *FULL),
-            Fault(WRITE, 3, "SIGKILL"),  # its line is not written
+            Fault(WRITE, 4, "SIGKILL"),  # its line is not written
             Fault(PGD, 2, "SIGINT", *STOPPED),  # the second is done
-            Fault(RENAME, 10, "SIGKILL"),  # metrics.json
+            Fault(RENAME, 11, "SIGKILL"),  # metrics.json
         ],
         (PGD, 1),
     ),
@@ -199,3 +199,29 @@ def test_after_a_failed_call_in_a_notebook_another_one_works(made, tmp_path, mon
     assert "--steps 1, not 2" in refusal(capsys, generate.main, flags("--steps", "2"))
     generate.main(flags())
     assert metrics(tmp_path)["n"] == 4 and error and not common.LOCKS
+
+
+def test_the_lines_of_a_killed_run_are_in_metadata_in_the_order_of_the_data_once_the_next_one_starts(
+    made, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(made)
+    command, folder = [*KINDS["generation"][0], "--output_dir", tmp_path / "out"], tmp_path / "out"
+    for call in (3, 1):
+        child = fork(tmp_path / "log", command, prepare=partial(met, Fault(PGD, call, "SIGKILL")))
+        assert join(child, tmp_path / "log")[0] == -signal.SIGKILL
+    names = [entry["file_name"] for entry in jsonl(folder / "metadata.jsonl")]
+    assert names == ["images/000000.png", "images/000001.png"]
+    assert not (folder / "parts").exists()
+    shell(*command)
+    assert metrics(folder)["images_per_s"] == pytest.approx(4 / metrics(folder)["seconds"], rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["generation", "MAT"])
+def test_a_kill_at_the_end_leaves_no_parts_for_good(kind, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    command = [*KINDS[kind][0], "--output_dir", tmp_path / "out"]
+    end = Fault("shutil.rmtree", 2, "SIGKILL")  # the first is of loading the model
+    child = fork(tmp_path / "log", command, prepare=partial(met, end))
+    assert join(child, tmp_path / "log")[0] == -signal.SIGKILL and (tmp_path / "out" / "parts").exists()
+    shell(*command)
+    assert (tmp_path / "out" / "metrics.json").exists() and not (tmp_path / "out" / "parts").exists()

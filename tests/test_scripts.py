@@ -334,3 +334,16 @@ def test_a_copy_of_the_checkout_elsewhere_makes_nothing_again(report, tmp_path):
     assert done.returncode == 0 and {*table_of(printed)[:6]} <= {*table_of(done.stdout)}, done.stdout + done.stderr
     rows, others = ({file.name for file in each.glob("evaluation/rows/*")} for each in (tmp_path, folder))
     assert "nothing to do" in done.stdout and len(rows) == len(ROWS) and rows == others
+
+
+@pytest.mark.parametrize("text", ["0.00392", "0.99/255"])
+def test_a_radius_that_allows_no_grey_level_is_refused(text):
+    assert "less than one grey level" in shell("generate_pgd_adversarial.py", "--eps", text, code=2)[1]
+    assert "less than one grey level" in shell("evaluate.py", "--radii", "8/255", text, code=2)[1]
+
+
+def test_a_planted_fault_that_hangs_the_tests_is_noticed_by_the_time_limit(tmp_path):
+    (tmp_path / "test_hanging.py").write_text("import time\n\ndef test_it():\n    time.sleep(600)\n")
+    first_failure = runpy.run_path(str(ROOT / "tests" / "bench" / "faults.py"))["first_failure"]
+    first_failure.__globals__["TIME_LIMIT"] = 2
+    assert first_failure(tmp_path, ["-p", "no:xdist"]).startswith("the time limit")

@@ -13,7 +13,6 @@ paired, image by image: ours is weaker where the mean difference is above 0.005.
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchattacks
 
@@ -46,13 +45,12 @@ class Defence(torch.nn.Module):
 
 def attack_with_torchattacks(loss, row, args):
     """uint8 adversarial images (N, 3, H, W); the loss ce is the cosine's here, and dlr the margin's."""
-    encode = row.defended_encoder(
-        row.clip.encode_image, args.seed + 1, evaluate.differentiable_jpeg, draws=evaluate.ATTACK_DRAWS
-    )
     parts = []
     for start in range(0, len(row.pixels), args.batch_size):
         here = slice(start, start + args.batch_size)
         images = common.as_images(row.pixels[here], row.clip.device)
+        generators = common.generators_for(args.seed + 1, range(start, start + len(images)))
+        encode = row.defended(row.clip.encode_image, row.original.encode_image, generators, row.attacks()[0])
         model = Defence(row, encode, here, loss).eval()
         torch.manual_seed(args.seed + start)
         # its last layer gives up at the first wrong label; the run below it keeps the highest loss
@@ -65,8 +63,8 @@ def attack_with_torchattacks(loss, row, args):
 def worst(row, found, seed):
     """Cosine and whether the own caption comes first, the worse of all found images: (N,) each."""
     scored = [evaluate.score(row, pixels, seed) for pixels in found]
-    ranks = np.maximum.reduce([values["rank_i2t"] for values in scored])
-    return {"cosine": np.minimum.reduce([values["similarity"] for values in scored]), "R@1": (ranks == 0).astype(float)}
+    found = evaluate.worst_of(scored)
+    return {"cosine": found["similarity"], "R@1": evaluate.first_share(found)}
 
 
 def main(args):
