@@ -167,8 +167,10 @@ def jpeg_front(quality):
     def through(codec):
         def wrap(encode, original, generators):
             def defended(images, normalize=True):
-                drawn = [int(torch.randint(30, 76, (1,), generator=each)) for each in generators]
-                return encode(codec(images, drawn if quality == "random" else quality), normalize)
+                drawn = quality
+                if quality == "random":
+                    drawn = [int(torch.randint(30, 76, (1,), generator=each)) for each in generators]
+                return encode(codec(images, drawn), normalize)
 
             return defended
 
@@ -256,7 +258,7 @@ def random_views(images, generators, count):
         draws = torch.stack([torch.rand(5, generator=generator) for generator in generators]).to(images.device)
         area, ratio, across, down, flip = draws.T
         area, ratio = 0.08 + 0.92 * area, (4 / 3) ** (2 * ratio - 1)
-        width, height = ((area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1))
+        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
         zero, flip = torch.zeros_like(area), torch.where(flip < 0.5, -1.0, 1.0)
         x, y = (2 * across - 1) * (1 - width), (2 * down - 1) * (1 - height)
         boxes = torch.stack([width * flip, zero, x, zero, height, y], 1).view(-1, 2, 3)
@@ -657,8 +659,12 @@ def rank_images(row, captions, cosines, gallery):
     return (images.masked_fill(~wrong, -torch.inf) >= cosines[:, None]).sum(1)
 
 
-def row_loss(attack, row, names):
-    """Return the loss of an attack on a whole defence, as attack_all() takes it; names is one of row.attacks()."""
+def row_loss(attack, row, names=None):
+    """Return the loss of an attack on a whole defence, as attack_all() takes it.
+
+    names   one of row.attacks(), by default the first
+    """
+    names = names or row.attacks()[0]
     text_features = row.clip.encode_text(row.captions)
     own = row.own.to(row.clip.device)
 
@@ -683,11 +689,10 @@ def row_loss(attack, row, names):
 def attack_row(attack, row, run=None, names=None):
     """Attack a row once, from noise if the attack has a seed, else from the transferred images; as attack_all().
 
-    names   one of row.attacks(), by default the first
+    names   of row_loss()
     """
-    names = names or row.attacks()[0]
     start, what = row.transfer if attack.seed is None else None, f"{row.name}, {attack.loss}"
-    keys = *row.keys, names
+    keys = *row.keys, names or row.attacks()[0]
     return attack_all(attack, row_loss(attack, row, names), row.pixels, row.clip, start, run, what, keys)
 
 
@@ -978,7 +983,7 @@ def success_rate(clean, attacked):
     """
     before, after = first_share(clean), first_share(attacked)
     right = before >= 0.5
-    return float(1 - after[right].sum() / before[right].sum()) if right.any() else None
+    return float((before - after)[right].sum() / before[right].sum()) if right.any() else None
 
 
 def summarise_rows(record, specs, seed):

@@ -64,7 +64,8 @@ def adversarial_images(args, split, clip, images):
     images    common.Images in the geometry of clip, the original model
     returns   uint8 (N, 3, H, W); {"folder", "seconds" that making them took, "note" on how they were made, or None}
     """
-    own_args = stage_args(args, split)
+    batch_size = [] if hasattr(args, "lr") else ["--batch_size", args.batch_size]  # a training's is for the training
+    own_args = common.stage_args(parse_args, args, f"adversarial_{split}", "--split", split, *batch_size)
     if args.adversarial_dir:
         folder = Path(args.adversarial_dir)
         pixels = read_only(folder, own_args, clip, images)
@@ -74,12 +75,6 @@ def adversarial_images(args, split, clip, images):
     record = common.read_record(folder / "run.json")
     seconds = record["seconds"] * len(images) / len(read_lines(folder))
     return pixels, {"folder": str(folder), "seconds": seconds, "note": note_on(folder, record, own_args)}
-
-
-def stage_args(args, split):
-    """Return the flags of this script for the images of another one, which it makes with the other's attack."""
-    batch_size = [] if hasattr(args, "lr") else ["--batch_size", args.batch_size]  # a training's is for the training
-    return common.stage_args(parse_args, args, f"adversarial_{split}", "--split", split, *batch_size)
 
 
 def complete(run, args, clip, images):
@@ -95,6 +90,9 @@ def complete(run, args, clip, images):
     clip.encode_pixels(images.pixels[:1])
     run.begin()
     write_lines(run.dir, images)
+    if not common.RANK:
+        shutil.rmtree(run.dir / "parts", ignore_errors=True)  # of a killed run; their lines are in metadata.jsonl now
+    common.gather()
     found |= make(run, args, clip, images, missing)
     lines = write_lines(run.dir, images)
     figures = summarise(lines)
@@ -188,7 +186,7 @@ def read_lines(folder):
 
 
 def write_lines(folder, images):
-    """Move the lines of parts into metadata.jsonl; return all lines: those of these images first, in their order."""
+    """Write metadata.jsonl with the lines of parts, too; return all lines: of these images first, in their order."""
     lines = None
     if not common.RANK:
         found = read_lines(folder)
@@ -196,7 +194,6 @@ def write_lines(folder, images):
         lines = [found[file] for file in dict.fromkeys([*wanted, *found])]
     if lines:
         common.save(folder / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        shutil.rmtree(folder / "parts", ignore_errors=True)
     return common.gather(lines)[0]
 
 
@@ -220,8 +217,9 @@ def read_folder(folder, images, eps, other="choose another --output_dir"):
             raise ValueError(f"{file} was altered after it was made: restore it, or remove that folder")
         try:
             pixels = common.to_array(common.read_image(data))
-        except ValueError as error:
-            raise ValueError(f"{file} is no image ({error}): restore it, or remove that folder") from None
+        except Exception as error:  # a damaged file raises any exception
+            damage = common.describe(error)
+            raise ValueError(f"{file} is no image ({damage}): restore it, or remove that folder") from None
         if pixels.shape != clean.shape or common.linf_grey_levels(pixels, clean) > common.grey_levels(eps):
             raise ValueError(f"{file} is of another size than the image, or outside the ball around it")
         found[i] = pixels

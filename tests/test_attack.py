@@ -10,7 +10,7 @@ import torchattacks
 from PIL import Image
 from torch.nn import functional as F
 
-from common import Attack, pgd, start_noise, to_pixels, white_box
+from common import Attack, generators_for, pgd, to_pixels, uniform, white_box
 from eval_jpeg import differentiable_jpeg, jpeg
 
 EPS = 8 / 255
@@ -42,7 +42,7 @@ def test_pgd_finds_the_known_worst_point_of_a_linear_loss():
 
 def test_pgd_stays_in_the_ball_and_in_range_at_pixels_0_and_1():
     images = torch.cat([torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8), torch.rand(1, 3, 8, 8).round()])
-    start = start_noise(images, 9 * EPS, 0, range(3))
+    start = images + 9 * EPS * uniform(images, generators_for(0, range(3)))
     for attack in (replace(PGD, steps=5), white_box(EPS, 5)):
         adv, _ = pgd(lambda x: (x - images).abs().sum((1, 2, 3)), images, attack, start)
         assert adv.min() >= 0 and adv.max() <= 1 and (adv != images).any()
@@ -107,17 +107,17 @@ def test_momentum_is_as_strong_as_torchattacks_apgd_on_a_shared_case():
     model, images = TwoClasses(16).eval(), torch.rand(16, 3, 16, 16)
     theirs = torchattacks.APGD(model, eps=EPS, steps=20, n_restarts=1, eot_iter=1)
     theirs = theirs.attack_single_run(images, torch.zeros(16, dtype=torch.long))[0]
-    start = start_noise(images, EPS, 0, range(16))
+    start = images + EPS * uniform(images, generators_for(0, range(16)))
     ours, _ = pgd(lambda x: -model.cosine(x), images, white_box(EPS, 20), start)
     assert model.cosine(ours).mean() <= model.cosine(theirs).mean() + 1e-3
 
 
-def test_start_noise_does_not_depend_on_the_batch():
+def test_noise_does_not_depend_on_the_batch():
     images = torch.full((6, 3, 4, 4), 0.5)
-    whole = start_noise(images, EPS, 3, range(6))
-    assert torch.equal(whole[4:], start_noise(images[4:], EPS, 3, range(4, 6)))
-    assert not torch.equal(whole[0], whole[1]) and 0.9 * EPS < (whole - images).abs().max() <= EPS + 1e-7
-    assert not torch.equal(whole, start_noise(images, EPS, 4, range(6)))
+    whole = uniform(images, generators_for(3, range(6)))
+    assert torch.equal(whole[4:], uniform(images[4:], generators_for(3, range(4, 6))))
+    assert not torch.equal(whole[0], whole[1]) and 0.9 < whole.abs().max() <= 1 and whole.min() < -0.9
+    assert not torch.equal(whole, uniform(images, generators_for(4, range(6))))
 
 
 @pytest.mark.parametrize(("eps", "levels"), [(8 / 255, 8), (0.0314, 8), (0.03, 7), (1 / 255, 1)])

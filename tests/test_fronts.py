@@ -286,7 +286,7 @@ def test_a_defence_whose_gradient_vanishes_raises_the_alarm(dtype, row, towards)
     assert evaluate.count_vanishing(row, attack) == 2
     assert bool(wrong["zero_gradient"].all()) == (dtype == torch.float16)
     health = evaluate.measure(row, attack, 1, 0).health
-    summary = {"members": ["x"], "clean_recall_i2t@1": 1, "above_chance": True, "note": None}
+    summary = {"members": ["x"], "clean_recall_i2t@1": 1, "above_chance": True, "note": None, "doubtful": False}
     record = {"rows": {"original": summary}, "health": {"x": health}, "sanity": {}}
     assert evaluate.marks_of(record) == {"original": " (!)"}
 

@@ -216,11 +216,11 @@ def test_the_lines_of_a_killed_run_are_in_metadata_in_the_order_of_the_data_once
     assert metrics(folder)["images_per_s"] == pytest.approx(4 / metrics(folder)["seconds"], rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["generation", "MAT"])
-def test_a_kill_at_the_end_leaves_no_parts_for_good(kind, made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, call", [("generation", 3), ("MAT", 2)])
+def test_a_kill_at_the_end_leaves_no_parts_for_good(kind, call, made, tmp_path, monkeypatch):
     monkeypatch.chdir(made)
     command = [*KINDS[kind][0], "--output_dir", tmp_path / "out"]
-    end = Fault("shutil.rmtree", 2, "SIGKILL")  # the first is of loading the model
+    end = Fault("shutil.rmtree", call, "SIGKILL")  # the first is of loading the model
     child = fork(tmp_path / "log", command, prepare=partial(met, end))
     assert join(child, tmp_path / "log")[0] == -signal.SIGKILL and (tmp_path / "out" / "parts").exists()
     shell(*command)

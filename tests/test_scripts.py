@@ -88,7 +88,9 @@ def test_the_attack_breaks_the_model_and_the_table_adds_up(report):
         if name != "original":
             lost, lost_0 = (r["clean_similarity"] - r["transfer_similarity"] for r in (row, original))
             assert row["improvement"] == pytest.approx(1 - lost / lost_0)
-        assert record["health"][name] == {"zero_gradient": 0, "nonfinite": 0, "max_abs_delta_grey_levels": 8}
+        assert record["health"][name] == {
+            "zero_gradient": 0, "nonfinite": 0, "vanishing_gradient": 0, "max_abs_delta_grey_levels": 8,
+        }  # fmt: skip
     assert record["rows"]["JPEG 50"]["white_box_similarity"] < record["rows"]["JPEG 50"]["transfer_similarity"]
 
 

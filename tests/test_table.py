@@ -231,7 +231,7 @@ def test_figures_show_any_caption_without_a_warning_and_a_further_own_one_as_rig
     record = metrics(tmp_path / "table")
     assert record["per_image"]["original"]["clean"]["rank_i2t"][0] == 0
     assert (record["n"], record["coco_ids"]) == (4, [])
-    for figure in ("examples", "cosines", "table", "radii"):
+    for figure in ("examples", "cosines", "radii"):
         with Image.open(tmp_path / "table" / f"{figure}.png") as image:
             assert image.width > 600
 
