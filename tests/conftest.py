@@ -29,11 +29,13 @@ for name in list(os.environ):
         del os.environ[name]
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "CUDA_VISIBLE_DEVICES": ""}
 os.environ |= {"HF_HOME": f"{tempfile.gettempdir()}/tests-without-a-hub", "OMP_NUM_THREADS": "1"}  # 2 workers, 2 cores
+os.fsync = lambda file: None  # no test cuts the power; the waits add up to seconds
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # of processes that tests start
 
 TINY = ROOT / "tests" / "tiny"
 SCRIPTS = ["generate_pgd_adversarial", "defend_clip_mat_v2", "defend_clip_pgd_v2", "eval_jpeg", "evaluate"]
 TRAIN, EVAL, VALIDATION = 48, 8, 8  # images of the report
+REPORT = ["--reproduce", "--preset", "smoke", "--qualities", 50, "--num_images", EVAL, "--attack_steps", 4]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -185,9 +187,7 @@ def report(tmp_path_factory, worker_id):
     """A small report, made once for all workers; (folder of the stages, what evaluate.py printed, its command)."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "report"
-    command = ["evaluate.py", "--reproduce", "--preset", "smoke", "--qualities", 50]
-    command += ["--num_images", EVAL, "--attack_steps", 4]
-    command += ["--output_dir", folder / "evaluation", "--cache_dir", folder / "cache"]
+    command = ["evaluate.py", *REPORT, "--output_dir", folder / "evaluation"]
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         printed = Path(f"{folder}.txt")

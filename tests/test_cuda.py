@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import GPU, TINY, jsonl, metrics, process
+from conftest import GPU, REPORT, TINY, jsonl, metrics, process
 from safetensors.torch import load_file
 
 FOUND = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout.strip()
@@ -40,8 +40,7 @@ def on_gpu(folder, code):
 def on_card(tmp_path_factory):
     """The small report of conftest.py, made on the GPU."""
     folder = tmp_path_factory.mktemp("gpu")
-    words = ["--reproduce", *SMALL, "--qualities", 50, "--output_dir", folder / "evaluation"]
-    process(folder, ENV, ["evaluate.py", *words])
+    process(folder, ENV, ["evaluate.py", *REPORT, "--device", DEVICE, "--output_dir", folder / "evaluation"])
     return folder
 
 

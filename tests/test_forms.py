@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import common
 
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": 256, "layers": 2, "width": 64, "head_width": 32, "patch_size": 32}
 CLIPA = {"image_size": 336, "patch_size": 48, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
 SIGLIP = {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"}

@@ -662,7 +662,7 @@ CASES += [
 def test_hostile_input(case, shared, tmp_path, request, monkeypatch, capsys, recwarn):
     for module in ("common", "evaluate"):
         monkeypatch.setattr(f"{module}.load_clip", load_once)
-    for figure in ("examples", "cosines", "table"):  # seconds, and nothing hostile in them
+    for figure in ("examples", "cosines"):  # seconds, and nothing hostile in them
         monkeypatch.setattr(f"evaluate.draw_{figure}", lambda *_: None)
     place = Place(shared, tmp_path, request, monkeypatch)
     words = place.words(case.script, case.build(place))

@@ -158,6 +158,15 @@ def test_what_moves_no_result_is_the_same_run(made):
     assert snapshot(made) == before
 
 
+def test_a_training_counts_the_time_of_the_adversarial_images_that_it_uses(made, tmp_path):
+    folder = shutil.copytree(made / "adversarial_train", tmp_path / "images")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"seconds": 1000}))  # of four images
+    words = ["--num_images", 2, "--batch_size", 2, "--adversarial_dir", folder, "--output_dir", tmp_path / "pgd"]
+    shell(PGD, *TRAINING, *words)
+    assert 500 < metrics(tmp_path / "pgd")["training_seconds"] < 700
+
+
 def test_another_radius_has_default_folders_of_its_own():
     assert evaluate.parse_args(["--eps", "2/255"]).output_dir == "runs/report/evaluation_eps2"
     assert evaluate.parse_args(["--eps", "8/255"]).output_dir == "runs/report/evaluation"

@@ -345,7 +345,15 @@ def test_what_a_run_kept_of_some_images_is_not_taken_for_as_many_others(row):
         part = row.part(index)
         pixels_adv, _ = evaluate.attack_row(replace(ATTACK, steps=2, loss="margin"), part, keeper)
         assert common.linf_grey_levels(pixels_adv, part.pixels).max() <= 8
-    assert len(kept) == 2
+    evaluate.attack_row(replace(ATTACK, steps=2, loss="margin"), replace(part, transfer=part.pixels), keeper)
+    assert len(kept) == 3  # another start, too
+
+
+def test_tf32_ends_with_the_gradients_that_it_is_for():
+    matmul = torch.backends.cuda.matmul
+    with common.tf32():
+        assert matmul.allow_tf32
+    assert not matmul.allow_tf32
 
 
 def test_what_is_printed_is_attacked_in_tf32_on_a_gpu_and_trained_in_bf16_where_it_has_that(monkeypatch):
