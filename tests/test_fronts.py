@@ -196,7 +196,8 @@ def test_random_qualities_are_from_30_to_75_both_included(monkeypatch):
 def test_the_worst_of_equal_images_of_a_random_defence_is_no_worse_than_one(row):
     """Chosen and reported on the same draws the worst of eight would be lower by several standard errors."""
     row = replace(row, fronts=(evaluate.make_front("jpegrandom"),))
-    chosen, reported = evaluate.score_sets(row, [row.pixels] * 8, 0)
+    chosen, reported = evaluate.score_sets(row, [row.pixels, row.pixels], 0)
+    assert (chosen[0]["similarity"] != reported[0]["similarity"]).any()
     chosen = [evaluate.score(row, row.pixels, 100 + seed) for seed in range(8)]  # as lucky as eight attacks
     reported = [evaluate.score(row, row.pixels, 200 + seed) for seed in range(8)]
     worst = evaluate.worst_of(chosen, reported)

@@ -57,7 +57,7 @@ def assert_same(features, expected):
 def other():
     """The tiny CLIP with every weight changed: its state dict, images, and the features that open_clip computes."""
     model = open_clip.create_model(f"local-dir:{TINY / 'clip'}").eval()
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, *model.visual.image_size, generator=torch.Generator().manual_seed(0))
     tokens = open_clip.SimpleTokenizer(context_length=32)(CAPTIONS)
     mean, std = (torch.tensor(OPENAI[key]).view(3, 1, 1) for key in ("mean", "std"))
 

@@ -349,3 +349,22 @@ def test_a_planted_fault_that_hangs_the_tests_is_noticed_by_the_time_limit(tmp_p
     first_failure = runpy.run_path(str(ROOT / "tests" / "bench" / "faults.py"))["first_failure"]
     first_failure.__globals__["TIME_LIMIT"] = 2
     assert first_failure(tmp_path, ["-p", "no:xdist"]).startswith("the time limit")
+
+
+@pytest.mark.parametrize("words", [["defend_clip_mat_v2.py"], ["defend_clip_pgd_v2.py", "--online_steps", 1]])
+def test_gradients_are_clipped_to_norm_1(words, tmp_path, monkeypatch):
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, *limit):
+        parameters = [*parameters]
+        assert limit == (1.0,)
+        before = clip(parameters, *limit)
+        after = torch.stack([each.grad.norm() for each in parameters if each.grad is not None]).norm()
+        norms.append((before.item(), after.item()))
+        return before
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    words += ["--preset", "smoke", "--num_images", 16, "--val_images", 2, "--batch_size", 8, "--max_steps", 2]
+    shell(*words, "--steps", 1, "--output_dir", tmp_path / "run")
+    assert len(norms) == 2 and (max(norms)[0] > 1 or "mat" in words[0])
+    assert all(after == pytest.approx(min(before, 1), rel=1e-3) for before, after in norms)
