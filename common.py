@@ -1174,9 +1174,15 @@ def model_from_folder(name, pretrained):
         files = str(folder) if own else text_cfg["hf_tokenizer_name"]
         tokenizer = load_tokenizer(files, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
     else:
-        tokenizer = open_clip.SimpleTokenizer(**options)
+        tokenizer = simple_tokenizer(json.dumps(options))
     weights = pretrained if is_file(pretrained) else None if pretrained else weights_file(folder)
     return model, config["model_cfg"], tokenizer, weights
+
+
+@lru_cache  # building it takes most of the time that a tiny CLIP takes to load
+def simple_tokenizer(options):
+    """Return open_clip's own tokenizer with options, given as JSON."""
+    return open_clip.SimpleTokenizer(**json.loads(options))
 
 
 def load_tokenizer(source, **options):
