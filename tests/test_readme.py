@@ -1,0 +1,69 @@
+"""README.md says what the records hold, cell by cell, and its commands have flags that there are."""
+
+import importlib
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+import evaluate
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECORDS = ROOT / "tests" / "records"
+
+
+def tables():
+    """The tables of README.md: [[cells of a line]], without the line under the header."""
+    found = re.findall(r"(?:^\|.*\|\n)+", README, re.MULTILINE)
+    lines = [[line.strip("|\n").split("|") for line in table.splitlines(True)] for table in found]
+    return [[[cell.strip() for cell in line] for line in table if "---" not in line[0]] for table in lines]
+
+
+def table_of(record):
+    """The lines of README's table of a record: cosine and R@1, with the range of the seeds where there are several."""
+    lines = []
+    for name, row in record["rows"].items():
+        cells = [name]
+        for kind in ("clean", "transfer", "white_box"):
+            bounds = {"similarity": row["not_converged"], "recall_i2t@1": row["recall_not_converged"]}
+            for key, form in (("similarity", "{:.3f}"), ("recall_i2t@1", "{:.0%}")):
+                cell = form.format(row[f"{kind}_{key}"])
+                seeds = [seed[f"{kind}_{key}"] for seed in row["per_seed"].values()]
+                if kind == "white_box":
+                    cell = "<= " * bounds[key] + cell
+                    cell += f" ({form.format(min(seeds))} to {form.format(max(seeds))})" if seeds else ""
+                cells.append(cell)
+        lines.append(cells)
+    return lines
+
+
+def test_the_reports_figures_are_those_beside_ours():
+    header, *lines = tables()[0]
+    expected = [
+        [evaluate.REPORT_NAMES.get(name, name), f"{clean:.4f}", f"{adversarial:.4f}", evaluate.percent(gain)]
+        for name, (clean, adversarial, gain) in evaluate.REPORT.items()
+    ]
+    assert lines == expected and header == ["defence", "clean", "transfer", "improvement"]
+
+
+@pytest.mark.parametrize(("position", "file"), [(1, "table.json"), (2, "fronts.json")])
+def test_a_table_is_its_record(position, file):
+    record = json.loads((RECORDS / file).read_text(encoding="utf-8"))
+    assert tables()[position][1:] == table_of(record)
+    assert f"commit `{record['commit']}`" in README and f"n = {record['n']}" in README
+
+
+def test_every_record_is_named_with_its_commit_and_command():
+    text = (RECORDS / "README.md").read_text(encoding="utf-8")
+    assert not [file.name for file in RECORDS.glob("*.json") if file.name not in text]
+
+
+def test_every_command_has_flags_that_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pt").touch()
+    commands = re.findall(r"^ {4}python (\w+)\.py(.*)$", README.replace("\\\n", " "), re.MULTILINE)
+    assert {script for script, _ in commands} == {*SCRIPTS}
+    for script, words in commands:
+        importlib.import_module(script).parse_args(shlex.split(words))
