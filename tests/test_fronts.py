@@ -207,6 +207,15 @@ def test_the_worst_of_equal_images_of_a_random_defence_is_no_worse_than_one(row)
     assert (clean - evaluate.worst_of(chosen)["similarity"].mean()) > 2 * error
 
 
+def test_an_attack_the_choice_and_the_report_draw_from_different_seeds(row, monkeypatch):
+    row, seeds = replace(row.part(slice(2)), fronts=(evaluate.make_front("jpegrandom"),)), []
+    generators_for = common.generators_for
+    monkeypatch.setattr(common, "generators_for", lambda seed, index: seeds.append(seed) or generators_for(seed, index))
+    evaluate.attack_row(replace(ATTACK, steps=1), row)
+    evaluate.score_sets(row, [row.pixels], 0)
+    assert len(seeds) == len({*seeds}) == 3
+
+
 def test_recall_and_success_of_a_random_defence_are_shares_of_its_draws():
     ranks = {"clean": [[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 2, 1]]}
     ranks |= {"attacked": [[0, 1, 1, 0], [3, 1, 1, 1], [0, 0, 0, 0]]}
