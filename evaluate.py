@@ -156,6 +156,11 @@ def make_front(name):
     return FRONTS[name]
 
 
+def draws_of(fronts):
+    """Return Front.draws of several fronts, of which at most one is random."""
+    return max((front.draws for front in fronts), default=(0, 0))
+
+
 def jpeg_quality(text):
     """argparse type: a JPEG quality from 1 to 95, or 'random'."""
     return text if text == "random" else number(1, 95)(text)
@@ -422,7 +427,7 @@ class Row:
     @property
     def draws(self):
         """Draws of a random defence in a score, and in a step of an attack; 0 of one that is not random."""
-        return max((front.draws for front in self.fronts), default=(0, 0))
+        return draws_of(self.fronts)
 
     def attacks(self):
         """Return the white-box attacks on the defence: of each the names of the fronts' attacks."""
@@ -462,7 +467,7 @@ class Row:
 def row_attack(args, spec):
     """Return the white-box attack of a row."""
     attack = common.white_box(args.eps, args.attack_steps, any(name.startswith("jpeg") for name in spec.fronts))
-    return replace(attack, draws=max((make_front(name).draws[1] for name in spec.fronts), default=0))
+    return replace(attack, draws=draws_of(map(make_front, spec.fronts))[1])
 
 
 def identify(args, name, spec, data):
@@ -675,13 +680,14 @@ def row_loss(attack, row, names=None):
         defended = row.defended(encode, original, generators, names)
         terms = [front.terms.get(name) for front, name in zip(row.fronts, names)]
         terms = [term(original, generators) for term in terms if term]
-        wrong, right = row.wrong_captions(here).to(row.clip.device), row.right[here].to(row.clip.device)
+        aim = common.own_caption(text_features[own], defended, here)
+        if attack.loss == "margin":
+            wrong, right = row.wrong_captions(here).to(row.clip.device), row.right[here].to(row.clip.device)
 
-        def margin(images):  # the lead of the hardest other caption over the best own one
-            cosines = defended(images) @ text_features.T  # (B, M)
-            return cosines.masked_fill(~wrong, -torch.inf).amax(1) - cosines.gather(1, right).amax(1)
+            def aim(images):  # the lead of the hardest other caption over the best own one
+                cosines = defended(images) @ text_features.T  # (B, M)
+                return cosines.masked_fill(~wrong, -torch.inf).amax(1) - cosines.gather(1, right).amax(1)
 
-        aim = margin if attack.loss == "margin" else common.own_caption(text_features[own], defended, here)
         return lambda images: aim(images) + sum(term(images) for term in terms)
 
     return loss
@@ -819,7 +825,7 @@ def measure(row, attack, starts, seed, run=None):
     lowest = images[by_cosine, every_image]
     health = {key: sum(int(problems[key].sum()) for problems in wrong) for key in wrong[0]}
     health["max_abs_delta_grey_levels"] = int(common.linf_grey_levels(row.pixels, lowest).max())
-    health["vanishing_gradient"] = count_vanishing(few, attack)
+    health["vanishing_gradient"] = count_vanishing(few.part(slice(row.clip.batch_size)), attack)
     conditions = {"clean": clean, "transfer": transfer, "white_box": white_box}
     ranks = [reported[which]["rank_i2t"][i].tolist() for i, which in enumerate(by_cosine)]
     chance = (1 / count_candidates(row)).mean().item()
@@ -872,12 +878,14 @@ def count_vanishing(row, attack):
 @torch.no_grad()
 def share_of_acts(row, pixels, seed):
     """Return the share of images on which the row's fronts act, over the draws; None where they do not choose."""
-    images, shares = as_images(pixels, row.clip.device), []
+    found, size = [], row.clip.batch_size
     for front in row.fronts:
-        if front.acts:
-            acts = front.acts(row.original.encode_image, common.generators_for(REPORTED + seed, range(len(images))))
-            shares += [acts(images).float().mean().item() for _ in range(front.draws[0])]
-    return float(np.mean(shares)) if shares else None
+        for start in range(0, len(pixels), size) if front.acts else ():
+            images = as_images(pixels[start : start + size], row.clip.device)
+            generators = common.generators_for(REPORTED + seed, range(start, start + len(images)))
+            acts = front.acts(row.original.encode_image, generators)
+            found += [acts(images).float() for _ in range(front.draws[0])]
+    return torch.cat(found).mean().item() if found else None
 
 
 def save_white_box(folder, measured, images):
@@ -1493,6 +1501,7 @@ def draw_curves(path, curves, count):
 # The table, made of one file for each row: rows/<row>-<key>.json
 
 
+KINDS = "recall_fall", "health", "chance", "alone", "acts"  # of Measured, which the table takes as they are
 WRITES = ["rows", "white_box", "table.md", "examples.png", "cosines.png", "eps_curves.png", "radii.png"]
 
 
@@ -1594,8 +1603,8 @@ def measure_row(args, run, name, spec, entry, data):
             save_white_box(folder, measured, data.images)
         if name == "original":
             draw_original(args, run, row, measured)
-        kinds = ("fall", "recall_fall", "health", "chance", "alone", "acts")
-        entry["figures"] = {"per_image": measured.conditions} | {kind: getattr(measured, kind) for kind in kinds} | code
+        kinds = {kind: getattr(measured, kind) for kind in ("fall", *KINDS)}
+        entry["figures"] = {"per_image": measured.conditions} | kinds | code
         store()
     for eps in args.radii:
         if common.radius_text(eps) not in entry.setdefault("radii", {}):
@@ -1617,13 +1626,12 @@ def draw_original(args, run, row, measured):
 
 def collect(args, specs, entries):
     """Return what the table shows of the rows' files: {kind: {name: ...}}."""
-    kinds = "recall_fall", "health", "chance", "alone", "acts"
-    record = {kind: {} for kind in ("per_image", "fall", *kinds, "sanity", "radii", "notes", "doubtful")}
+    record = {kind: {} for kind in ("per_image", "fall", *KINDS, "sanity", "radii", "notes", "doubtful")}
     for name, entry in entries.items():
         figures = entry["figures"]
         per_image = {condition: as_arrays(scored) for condition, scored in figures["per_image"].items()}
         record["per_image"][name] = per_image
-        for kind in kinds:
+        for kind in KINDS:
             record[kind][name] = figures[kind]
         checks = entry["sanity"] if args.sanity else None
         if checks:
