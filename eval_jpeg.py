@@ -14,6 +14,7 @@ Files written to --output_dir (default runs/<preset>/jpeg):
 
 import io
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -86,6 +87,7 @@ def differentiable_jpeg(images, quality):
     return (rgb[..., :height, :width] / 255).clamp(0, 1)
 
 
+@lru_cache  # an attack asks for each image in each step
 def quantisation_tables(quality):
     """Return Pillow's luma and chroma tables of a quality, 64 numbers each, row by row."""
     buffer = io.BytesIO()
