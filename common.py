@@ -75,7 +75,7 @@ PRESETS = {  # --num_images is train_images or eval_images, by the split that a 
         "model": "ViT-L-14-quickgelu", "pretrained": "openai",
         "train_data": "TIGER-Lab/MMEB-train", "eval_data": "TIGER-Lab/MMEB-eval",
         "train_images": 5000, "eval_images": 100, "val_images": 250,
-        "steps": 20, "attack_steps": 75, "epochs": 3,
+        "steps": 20, "attack_steps": 150, "epochs": 3,
         "mat_lr": 1e-5, "contrastive_lr": 1e-5, "features_lr": 1e-5,
     },
     "tiny": {
@@ -456,8 +456,8 @@ class Run:
         if not RANK:  # a run that was killed after it wrote metrics.json leaves its parts
             shutil.rmtree(self.dir / "parts", ignore_errors=True)
         print(f"{self.dir} is complete: nothing to do. To make it again, remove that folder")
-        if note := code_note(self.dir, self.script):
-            print(f"note: {note}")
+        if maker := other_maker(read_record(self.dir / "run.json"), self.script):
+            print(f"note: {self.dir} was made by {maker}")
 
     def begin(self, any_code=False):
         """Take the folder for writing until finish(); exit if other code has begun what is unfinished there.
@@ -551,12 +551,6 @@ def read_record(file):
     except (ValueError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{file.name} is damaged or a stranger's: remove that folder, or choose another")
-
-
-def code_note(folder, script):
-    """Return a line that names what made a folder, if it was not the present code of a script; else None."""
-    maker = other_maker(read_record(folder / "run.json"), script)
-    return f"{folder} was made by {maker}" if maker else None
 
 
 def other_maker(record, script):
@@ -1003,38 +997,25 @@ def config_from_transformers(folder):
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocessing_from_transformers(folder, vision["image_size"])}
 
 
-def preprocessing_from_transformers(folder, image_size):
-    """Translate the preprocessing of a transformers CLIPProcessor into open_clip's; what open_clip lacks is refused."""
+def preprocessing_from_transformers(folder, size):
+    """Return mean and std of a transformers CLIPProcessor; ValueError if it does else than CLIP's own.
+
+    size   of the model's images
+    """
 
     def read(name):
         return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
 
     # the first is of transformers 5, which prefers it, too; the second of earlier versions
     theirs = read("processor_config.json").get("image_processor") or read("preprocessor_config.json")
-    theirs = {name: value for name, value in theirs.items() if value is not None}
-    size, crop = theirs.get("size", image_size), image_size
-    size = size if isinstance(size, dict) else {"shortest_edge": size}
-    if theirs.get("do_center_crop", True):
-        crop = theirs.get("crop_size", image_size)
-    squash = size.keys() == {"height", "width"}
-    sizes = {*size.values(), *(crop.values() if isinstance(crop, dict) else [crop])}
-    if sizes != {image_size} or not (squash or size.keys() == {"shortest_edge"}):
-        raise ValueError(f"its images are resized to {size}, cut to {crop}, and its model takes {image_size} pixels")
-    needed = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_pad": False}
-    needed |= {} if squash else {"do_center_crop": True}
-    for name, value in needed.items():
-        if theirs.get(name, value) != value:
-            raise ValueError(f"its images are processed with {name} {theirs[name]}, which open_clip cannot do")
-    filters = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
-    if theirs.get("resample", 3) not in filters:
-        raise ValueError(f"its images are resized by a filter that open_clip lacks, resample {theirs['resample']}")
-    preprocess_cfg = {"interpolation": filters[theirs.get("resample", 3)]}
-    preprocess_cfg["resize_mode"] = "squash" if squash else "shortest"
-    names = {"image_mean": "mean", "image_std": "std"}
-    preprocess_cfg |= {ours: theirs[name] for name, ours in names.items() if name in theirs}
-    if not theirs.get("do_normalize", True):
-        preprocess_cfg |= {"mean": [0.0] * 3, "std": [1.0] * 3}
-    return preprocess_cfg
+    usual = {key: [True] for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
+    usual |= {"do_pad": [False], "resample": [3], "rescale_factor": [1 / 255]}  # 3 is PIL's number of bicubic
+    usual |= {"size": [size, {"shortest_edge": size}], "crop_size": [size, {"height": size, "width": size}]}
+    for name, values in usual.items():
+        if theirs.get(name) is not None and theirs[name] not in values:
+            raise ValueError(f"its images are processed with {name} {theirs[name]}, not {values[0]} as CLIP's are")
+    names = {"mean": "image_mean", "std": "image_std"}
+    return {ours: theirs[name] for ours, name in names.items() if theirs.get(name)}
 
 
 def rename_from_transformers(tensors):
@@ -1993,8 +1974,7 @@ class Trainer:
         self.visual.set_grad_checkpointing(args.grad_checkpointing)
         self.model = torch.nn.parallel.DistributedDataParallel(clip) if PROCESSES > 1 else clip
 
-        self.size = args.batch_size
-        self.steps_per_epoch = len(training) // self.size
+        self.steps_per_epoch = len(training) // args.batch_size
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.log, self.epochs, self.stopped = [], [], None
         self.text_features = clip.encode_text(training.own_captions)  # (N, D)
@@ -2013,10 +1993,10 @@ class Trainer:
             for step in self.bar:
                 epoch, position = divmod(step, self.steps_per_epoch)
                 order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.training))
-                batch = order[position * self.size : (position + 1) * self.size]
+                batch = order[position * self.args.batch_size :][: self.args.batch_size]
                 torch.manual_seed(step_seed(self.args.seed, step) + RANK)  # for a tower with patch dropout
                 self.train_mode()
-                yield step, batch, np.array_split(np.arange(self.size), PROCESSES)[RANK]
+                yield step, batch, np.array_split(np.arange(len(batch)), PROCESSES)[RANK]
                 if self.stopped:
                     return
 
@@ -2093,6 +2073,6 @@ class Trainer:
         seconds = self.run.seconds()
         metrics |= {"n": len(self.training), "n_validation": len(self.validation), "steps": len(self.log)}
         metrics |= {"stopped_by": self.stopped, "epochs": self.epochs, "training_seconds": seconds + generation_seconds}
-        metrics["images_per_s"] = 2 * self.size * len(self.log) / seconds
+        metrics["images_per_s"] = 2 * self.args.batch_size * len(self.log) / seconds
         self.run.finish(self.clip.device, **metrics)
         print(f"to open the model: open_clip.create_model_and_transforms('local-dir:{self.run.dir}')")

@@ -476,7 +476,6 @@ def identify(args, name, spec, data):
     The key is that of the row but for the transferred images.
     """
     row = load_row(args, name, spec, data)
-    print_cut_captions(row)
     notes, seconds = [*row.clip.notes], None
     if spec.source and row.clip.weights_digest == data.weights:
         notes.append("its weights are the original model's")
@@ -506,7 +505,9 @@ def check_training(folder, script, flags, model):
         if wrong:
             raise ValueError(f"{'; '.join(wrong)}: remove that folder, or choose another --output_dir")
     notes = [f"trained with {'; '.join(changes.values())}"] if changes else []
-    return record["training_seconds"], [*notes, *filter(None, [common.code_note(folder, script.__file__)])]
+    if maker := common.other_maker(record, script.__file__):
+        notes.append(f"{folder} was made by {maker}")
+    return record["training_seconds"], notes
 
 
 def load_row(args, name, spec, data):
@@ -583,15 +584,6 @@ def count_candidates(row):
     """Return how many captions each image is ranked among, its own and the wrong ones: (N,)."""
     starts = range(0, len(row.right), RANKED_AT_ONCE)
     return torch.cat([1 + row.wrong_captions(slice(at, at + RANKED_AT_ONCE)).sum(1) for at in starts])
-
-
-def print_cut_captions(row):
-    """Print how many captions are longer than a row's tokens."""
-    length = row.clip.tokenizer(row.captions[:1]).shape[1]
-    whole = row.clip.tokenizer(row.captions, context_length=8 * length)
-    padding = whole[0, -2]  # the last token may be a special one
-    if cut := ((whole != padding).sum(1) > length).sum().item():
-        print(f"{row.name}: {cut} of {len(row.captions)} captions are longer than its {length} tokens and are cut")
 
 
 # added to a seed: sets of draws with none in common. score() adds REPORTED to any seed, to CHOSEN + seed, too

@@ -248,7 +248,9 @@ def note_on(folder, record, args):
     was = record["identity"]
     changes = [flag for flag in ("alpha", "steps", "seed") if was[flag] != getattr(args, flag)]
     notes = [f"{folder} was made with {common.difference(flag, was[flag], getattr(args, flag))}" for flag in changes]
-    return "; ".join(filter(None, [*notes, common.code_note(folder, __file__)])) or None
+    if maker := common.other_maker(record, __file__):
+        notes.append(f"{folder} was made by {maker}")
+    return "; ".join(notes) or None
 
 
 if __name__ == "__main__":

@@ -330,13 +330,8 @@ def test_a_folder_of_transformers_gives_its_features(variant, tmp_path):
     assert clip.geometry.items() >= geometry.items()
 
 
-PROCESSORS = {  # of CLIPProcessor, for images of 32 pixels
-    "not normalised": {"do_normalize": False},
-    "another mean": {"image_mean": [0.5] * 3, "image_std": [0.25] * 3},
-    "squashed": {"size": {"height": 32, "width": 32}, "do_center_crop": False, "crop_size": 224, "resample": 2},
-}
-IMPOSSIBLE = {"do_rescale": False, "rescale_factor": 1 / 127.5, "do_resize": False, "do_center_crop": False}
-IMPOSSIBLE |= {"crop_size": 28, "size": {"shortest_edge": 32, "longest_edge": 32}, "resample": 1, "do_pad": True}
+UNUSUAL = {"do_rescale": False, "rescale_factor": 1 / 127.5, "do_resize": False, "do_center_crop": False}
+UNUSUAL |= {"crop_size": 28, "size": {"height": 32, "width": 32}, "resample": 2, "do_pad": True, "do_normalize": False}
 
 
 def save_processor(folder, **changes):
@@ -350,11 +345,9 @@ def save_processor(folder, **changes):
     return transformers.CLIPImageProcessorPil.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("changes", PROCESSORS.values(), ids=PROCESSORS)
-def test_images_are_processed_as_by_transformers_own_processor(changes, tmp_path):
-    model = small_clip({})
-    model.save_pretrained(tmp_path)
-    processor = save_processor(tmp_path, **changes)
+def test_images_are_processed_as_by_transformers_own_processor(tmp_path):
+    small_clip({}).save_pretrained(tmp_path)
+    processor = save_processor(tmp_path, image_mean=[0.5] * 3, image_std=[0.25] * 3)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
     clip = load("--model", f"local-dir:{tmp_path}")
     images = common.as_images(common.to_geometry(clip.geometry)(picture)[None], clip.device)
@@ -362,16 +355,16 @@ def test_images_are_processed_as_by_transformers_own_processor(changes, tmp_path
     torch.testing.assert_close((images - clip.mean) / clip.std, values, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_images_that_transformers_processes_as_open_clip_cannot_are_refused(name, tmp_path, capsys):
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_images_that_transformers_processes_in_another_way_than_clips_are_refused(name, tmp_path, capsys):
     small_clip({}).save_pretrained(tmp_path)
     save_processor(tmp_path)
     file = tmp_path / "processor_config.json"
     config = json.loads(file.read_text())
-    config["image_processor"][name] = IMPOSSIBLE[name]
+    config["image_processor"][name] = UNUSUAL[name]
     file.write_text(json.dumps(config))
     line = refusal(capsys, load, "--model", f"local-dir:{tmp_path}")
-    assert "its images are" in line and str(IMPOSSIBLE[name]) in line
+    assert "its images are" in line and str(UNUSUAL[name]) in line
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -84,9 +84,7 @@ def mmeb_pictures(folder, scenes, candidates):
 
 
 @pytest.mark.parametrize("kind", ["evaluation", "mmeb"])
-def test_ranks_are_those_of_the_plain_way_with_no_equal_caption_as_a_wrong_answer(
-    kind, tmp_path, scenes, monkeypatch, capsys
-):
+def test_ranks_are_those_of_the_plain_way_with_no_equal_caption_as_a_wrong_answer(kind, tmp_path, scenes, monkeypatch):
     own = [caption for _, caption in scenes[:9]]
     captions = [[own[i], f"Scene {i}.", own[i].upper(), "a star"] for i in range(9)]
     captions[2][0] = captions[5][0] = captions[7][1] = "A ring."  # equal ones, of two pictures first and of one not
@@ -103,8 +101,6 @@ def test_ranks_are_those_of_the_plain_way_with_no_equal_caption_as_a_wrong_answe
     words = [*TABLE[1:], *data, "--num_images", 9, "--trainings", "--output_dir", tmp_path / "table"]
     with patch.object(Figure, "savefig"), patch.object(Figure, "tight_layout"):
         evaluate.main(evaluate.parse_args([str(word) for word in words]))
-    long = "2 of 26" if kind == "evaluation" else "3 of 14"
-    assert f"original: {long} captions are longer than its 32 tokens and are cut" in capsys.readouterr().out
 
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{TINY / 'clip'}")
     tokenizer, normalise = open_clip.get_tokenizer(f"local-dir:{TINY / 'clip'}"), preprocess.transforms[-1]

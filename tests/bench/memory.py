@@ -72,7 +72,6 @@ def rank(images, captions_each):
     loaded = common.Images(pixels, paths, captions, captions, [None] * images, paths, paths)
     row = evaluate.Row("original", clip, pixels, pixels, *evaluate.load_candidates("evaluation", loaded))
     row = evaluate.forgive_equal_captions(row, paths)
-    evaluate.print_cut_captions(row)
     evaluate.score(row, pixels, 0, features)
     seconds = time.perf_counter() - clock
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), seconds
