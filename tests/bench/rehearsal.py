@@ -40,7 +40,8 @@ ROWS_BEFORE_KILL = 4
 def readme_command():
     """Return the words of README's command, its only one of several lines."""
     (command,) = re.findall(r"^    python (evaluate\.py (?:.*\\\n)+.*)$", (ROOT / "README.md").read_text(), re.M)
-    return shlex.split(command.replace("\\\n", " "))
+    command = re.sub(r"\$\(cat (\S+)\)", lambda match: (ROOT / match[1]).read_text(), command.replace("\\\n", " "))
+    return shlex.split(command)
 
 
 def as_transformers(state, hidden_act):
