@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY, jsonl, metrics, refusal, shell
+from conftest import TINY, refusal, shell
 from PIL import Image
 
 import common
@@ -365,33 +365,7 @@ def test_a_table_of_pictures_that_a_model_was_trained_or_validated_on_is_refused
     assert "leakage: own was trained on 2 of the evaluation images, such as 11.png" in line
 
 
-# A user's folders, logs and notebooks
-
-
-def test_files_of_the_users_are_neither_overwritten_nor_hidden(tmp_path, capsys):
-    def made(*words):
-        return generate.main(flags(tmp_path, "--split", "eval", *words))
-
-    mine = own_pictures(tmp_path / "mine", 4, kind="jsonl")
-    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
-    for source in (mine, TINY / "MMEB-eval"):
-        line = refusal(capsys, made, "--eval_data", source, "--num_images", 2, "--output_dir", mine)
-        assert "it holds metadata.jsonl and no run.json" in line
-    assert before == {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "metrics.json").write_text('{"accuracy": 1}')
-    assert "it holds metrics.json" in refusal(capsys, made, "--output_dir", tmp_path / "theirs")
-
-    (tmp_path / "out").mkdir()
-    for file in (".DS_Store", "log.txt", "images/000000000007.png"):
-        if file.startswith("images"):
-            made("--num_images", 3)
-        (tmp_path / "out" / file).write_text("mine")
-    for count in (2, 4):
-        made("--num_images", count)
-        assert len(jsonl(tmp_path / "out" / "metadata.jsonl")) == metrics(tmp_path / "out")["n"] == max(3, count)
-        for file in (".DS_Store", "log.txt", "images/000000000007.png"):
-            assert (tmp_path / "out" / file).read_text() == "mine"
+# Logs and notebooks
 
 
 def test_progress_in_a_log_file_is_lines_and_no_blanks(tmp_path, monkeypatch):
