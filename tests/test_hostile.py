@@ -332,7 +332,7 @@ def link(name, target):
 def as_in_the_hubs_cache(place):
     """Every file is a link into a folder of blobs beside it."""
     (place / "blobs").mkdir()
-    for i, file in enumerate(sorted(path for path in (place / "MMEB-eval").rglob("*.*") if path.is_file())):
+    for i, file in enumerate(sorted((place / "MMEB-eval").rglob("*.*"))):
         file.symlink_to(file.rename(place / "blobs" / str(i)))
 
 

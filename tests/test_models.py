@@ -229,14 +229,9 @@ SMALL_TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 
 SMALL_TEXT |= {"vocab_size": 49408, "eos_token_id": 49407}
 SMALL_VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 160}
 SMALL_VISION |= {"image_size": 32, "patch_size": 16}
-GELU = {"hidden_act": "gelu"}
-VARIANTS = {  # (changes of both towers, of the text tower, of the visual tower)
-    "gelu": (GELU, {"layer_norm_eps": 0.01}, {"layer_norm_eps": 0.1}),
-    "pytorch_model.bin": ({}, {}, {}),
-    "base_model.model.": ({}, {}, {}),
-    "open_clip_config.json": ({}, {}, {}),
-    "defaults left out": None,
-}
+FEW_VALUES = {"text_config": {"hidden_size": 64, "num_hidden_layers": 1}}
+FEW_VALUES |= {"vision_config": {"hidden_size": 96, "num_hidden_layers": 1}}
+VARIANTS = ["gelu", "pytorch_model.bin", "base_model.model.", "open_clip_config.json", "defaults left out"]
 AS_OPEN_CLIP = {  # SMALL_TEXT and SMALL_VISION in open_clip's words
     "model_cfg": {
         "embed_dim": 48,
@@ -248,9 +243,11 @@ AS_OPEN_CLIP = {  # SMALL_TEXT and SMALL_VISION in open_clip's words
 }
 
 
-def small_clip(changes, text=None, vision=None):
-    """Make a CLIPModel whose biases and norms are not those that it starts with."""
-    text, vision = SMALL_TEXT | changes | (text or {}), SMALL_VISION | changes | (vision or {})
+def small_clip(**both):
+    """Make a CLIPModel whose biases and norms are not those that it starts with; both: changes of both towers."""
+    text, vision = SMALL_TEXT | both, SMALL_VISION | both
+    if both:
+        text["layer_norm_eps"], vision["layer_norm_eps"] = 0.01, 0.1
     return randomised(transformers.CLIPConfig(projection_dim=48, text_config=text, vision_config=vision))
 
 
@@ -273,10 +270,9 @@ def published(size, image_size):
 def save_transformers(folder, variant):
     """Save a small CLIPModel as a folder in one of VARIANTS; returns the model."""
     if variant == "defaults left out":
-        model = randomised(transformers.CLIPConfig(text_config={"hidden_size": 64, "num_hidden_layers": 1},
-                                      vision_config={"hidden_size": 96, "num_hidden_layers": 1}))  # fmt: skip
+        model = randomised(transformers.CLIPConfig(**FEW_VALUES))
     else:
-        model = small_clip(*VARIANTS[variant])
+        model = small_clip(hidden_act="gelu") if variant == "gelu" else small_clip()
     model.save_pretrained(folder)
     size = model.config.vision_config.image_size
     size = size if variant == "gelu" else {"shortest_edge": size}  # both are published
@@ -291,9 +287,7 @@ def save_transformers(folder, variant):
     if variant == "open_clip_config.json":
         (folder / variant).write_text(json.dumps(AS_OPEN_CLIP))
     if variant == "defaults left out":
-        sizes = {"text_config": {"hidden_size": 64}, "vision_config": {"hidden_size": 96}}
-        config = {part: size | {"num_hidden_layers": 1} for part, size in sizes.items()} | {"model_type": "clip"}
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(FEW_VALUES | {"model_type": "clip"}))
     return model
 
 
@@ -333,7 +327,7 @@ def save_processor(folder, **changes):
 
 
 def test_images_are_processed_as_by_transformers_own_processor(tmp_path):
-    small_clip({}).save_pretrained(tmp_path)
+    small_clip().save_pretrained(tmp_path)
     processor = save_processor(tmp_path, image_mean=[0.5] * 3, image_std=[0.25] * 3)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
     clip = load("--model", f"local-dir:{tmp_path}")
@@ -344,7 +338,7 @@ def test_images_are_processed_as_by_transformers_own_processor(tmp_path):
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_images_that_transformers_processes_in_another_way_than_clips_are_refused(name, tmp_path, capsys):
-    small_clip({}).save_pretrained(tmp_path)
+    small_clip().save_pretrained(tmp_path)
     save_processor(tmp_path)
     file = tmp_path / "processor_config.json"
     config = json.loads(file.read_text())
