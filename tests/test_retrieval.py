@@ -22,16 +22,14 @@ SMALL = ["--preset", "smoke", "--steps", 1, "--attack_steps", 1, "--qualities", 
 
 def karpathy_file(folder):
     """Karpathy's file of COCO, and its pictures; returns its test images, too."""
-    images, sentid = [], 0
+    images = []
     for imgid in range(8):
         name = f"COCO_val2014_{900 + imgid:012d}.jpg"
         draw(folder / "val2014" / name, imgid)
-        texts = [f"{caption_of(imgid)} {'Again. ' * k}" for k in range(5)]
-        raw = [{"tokens": t.split(), "raw": t, "imgid": imgid, "sentid": sentid + k} for k, t in enumerate(texts)]
+        sentences = [{"raw": f"{caption_of(imgid)} {'Again. ' * k}", "imgid": imgid} for k in range(5)]
         split = "train" if imgid == 2 else "restval" if imgid == 5 else "test"
-        image = {"filepath": "val2014", "cocoid": 900 + imgid, "filename": name, "imgid": imgid, "split": split}
-        images.append(image | {"sentids": [each["sentid"] for each in raw], "sentences": raw})
-        sentid += 5
+        image = {"filepath": "val2014", "filename": name, "cocoid": 900 + imgid, "split": split}
+        images.append(image | {"sentences": sentences})
     file = folder / "dataset_coco.json"
     file.write_text(json.dumps({"images": images, "dataset": "coco"}))
     return file, [image for image in images if image["split"] == "test"]
