@@ -481,3 +481,12 @@ def test_a_model_is_known_by_what_was_loaded_and_not_by_its_name(other, tmp_path
     assert len({*digests}) == 5 and digest_of("elsewhere") == digests[0]
     torch.save({"state_dict": other.state}, tmp_path / "weights.pt")
     assert load("--pretrained", tmp_path / "weights.pt").digest == digests[0]
+
+
+def test_a_model_with_another_vocabulary_is_another_model(tmp_path):
+    write_delta_clip(tmp_path)
+    write_bert(tmp_path)  # a tokenizer of its own
+    one = load("--model", f"local-dir:{tmp_path}").digest
+    words = (tmp_path / "vocab.txt").read_text()
+    (tmp_path / "vocab.txt").write_text(words.replace("cat", "dog").replace("cafe", "cat").replace("dog", "cafe"))
+    assert load("--model", f"local-dir:{tmp_path}").digest != one
