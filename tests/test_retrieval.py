@@ -59,14 +59,15 @@ def test_karpathys_test_split_gives_the_recalls_of_a_plain_computation(tmp_path)
     assert row["clean_similarity"] == pytest.approx(attacked.mean().item(), abs=1e-5)
 
 
-def test_karpathys_splits_of_flickr30k_are_read_without_folders_and_restval_is_of_training(tmp_path):
+def test_karpathys_splits_are_read_with_and_without_folders_and_restval_is_of_training(tmp_path):
     sentences = [{"raw": " A dog runs. "}, {"raw": "Dogs."}]
     splits = ["train", "val", "test", "restval"]
     images = [{"filename": f"{split}.jpg", "split": split, "sentences": sentences} for split in splits]
+    images[0]["filepath"] = "train2014"  # as COCO's have
     file = tmp_path / "dataset_flickr30k.json"
     file.write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
     args = SimpleNamespace(train_data=str(file), eval_data=str(file))
-    for split, paths in {"eval": ["test.jpg"], "train": ["train.jpg", "restval.jpg"]}.items():
+    for split, paths in {"eval": ["test.jpg"], "train": ["train2014/train.jpg", "restval.jpg"]}.items():
         rows = common.read_rows(args, split)
         assert [row.path for row in rows] == paths
         assert all(row.captions == ["A dog runs.", "Dogs."] and row.coco_id is None for row in rows)
