@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets
 import huggingface_hub
+import pytest
 
 import common
 
@@ -157,5 +158,15 @@ def connect(monkeypatch, url, home, offline=False):
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     for name, value in {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": offline, "HF_DATASETS_CACHE": home / "datasets"}.items():
         monkeypatch.setattr(datasets.config, name, value)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)  # of huggingface_hub.list_repo_files()
     huggingface_hub.HfFileSystem.clear_instance_cache()
+    common.model_folder.cache_clear()
+
+
+@contextlib.contextmanager
+def connected(repos, home):
+    """Serve folders as serve_hub() does, and let this process ask for them inside of the context: the hub."""
+    with serve_hub(repos) as hub, pytest.MonkeyPatch.context() as patch:
+        connect(patch, hub.url, home)
+        yield hub
     common.model_folder.cache_clear()

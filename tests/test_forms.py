@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from conftest import metrics, refusal, shell
-from hub import connect, serve_hub
+from hub import connected
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -70,14 +70,13 @@ def test_pixels_and_gradient_are_open_clips_own(name, folder):
     assert (ours - expected).norm() <= 1e-4 * expected.norm()
 
 
-def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(folder, monkeypatch):
+def test_models_of_the_hub_are_rows_beside_the_tiny_one_in_their_own_pixels(folder):
     repos = {f"models/org/{name}": folder / name for name in FORMS}
     words = [*SMALL, "--attack_steps", 1, "--trainings", "--adversarial_dir"]
     words += [folder / "adversarial_eval", "--qualities"]
     rows = [word for name in FORMS for word in ("--checkpoint", f"{name}=hf-hub:org/{name}")]
     rows += ["--defence", "clipa+jpeg50", "--output_dir", folder / "evaluation"]
-    with serve_hub(repos) as hub:
-        connect(monkeypatch, hub.url, folder / "home")
+    with connected(repos, folder / "home"):
         printed, _ = shell("evaluate.py", *words, *rows)
     record = metrics(folder / "evaluation")
     assert list(record["rows"]) == ["original", *FORMS, "clipa+jpeg50"]

@@ -20,36 +20,32 @@ import evaluate
 SMALL = ["--preset", "smoke", "--steps", 1, "--attack_steps", 1, "--qualities", "--trainings"]
 
 
-def karpathy_file(folder, kind):
-    """Karpathy's file of Flickr30k or COCO in its own form, and its pictures; returns its test images, too."""
-    images, sentid = [], 0
+def karpathy_file(folder):
+    """Karpathy's file of COCO, and its pictures; returns its test images, too."""
+    images = []
     for imgid in range(8):
-        coco = {"filepath": "val2014", "cocoid": 900 + imgid} if kind == "coco" else {}
-        name = f"COCO_val2014_{900 + imgid:012d}.jpg" if kind == "coco" else f"{36979 + imgid}.jpg"
-        draw(folder / coco.get("filepath", "") / name, imgid)
-        texts = [f"{caption_of(imgid)} {'Again. ' * k}" for k in range(5)]
-        raw = [{"tokens": t.split(), "raw": t, "imgid": imgid, "sentid": sentid + k} for k, t in enumerate(texts)]
+        name = f"COCO_val2014_{900 + imgid:012d}.jpg"
+        draw(folder / "val2014" / name, imgid)
+        sentences = [{"raw": f"{caption_of(imgid)} {'Again. ' * k}", "imgid": imgid} for k in range(5)]
         split = "train" if imgid == 2 else "restval" if imgid == 5 else "test"
-        ids = [each["sentid"] for each in raw]
-        images.append(coco | {"sentids": ids, "imgid": imgid, "sentences": raw, "split": split, "filename": name})
-        sentid += 5
-    file = folder / f"dataset_{'coco' if kind == 'coco' else 'flickr30k'}.json"
-    file.write_text(json.dumps({"images": images, "dataset": kind}))
+        image = {"filepath": "val2014", "filename": name, "cocoid": 900 + imgid, "split": split}
+        images.append(image | {"sentences": sentences})
+    file = folder / "dataset_coco.json"
+    file.write_text(json.dumps({"images": images, "dataset": "coco"}))
     return file, [image for image in images if image["split"] == "test"]
 
 
-@pytest.mark.parametrize("kind", ["flickr30k", "coco"])
-def test_karpathys_test_split_gives_the_recalls_of_a_plain_computation(kind, tmp_path):
-    file, images = karpathy_file(tmp_path / "data", kind)
+def test_karpathys_test_split_gives_the_recalls_of_a_plain_computation(tmp_path):
+    file, images = karpathy_file(tmp_path / "data")
     shell("evaluate.py", *SMALL, "--eval_data", file, "--output_dir", tmp_path / "table")
     record = metrics(tmp_path / "table")
-    assert record["n"] == 6 and record["coco_ids"] == [image["cocoid"] for image in images if kind == "coco"]
+    assert record["n"] == 6 and record["coco_ids"] == [image["cocoid"] for image in images]
 
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{TINY / 'clip'}")
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
-    paths = [tmp_path / "data" / image.get("filepath", "") / image["filename"] for image in images]
     with torch.no_grad():
-        pixels = torch.stack([preprocess(Image.open(path)) for path in paths])
+        files = [tmp_path / "data" / "val2014" / image["filename"] for image in images]
+        pixels = torch.stack([preprocess(Image.open(path)) for path in files])
         captions = [sentence["raw"] for image in images for sentence in image["sentences"]]
         text_features = model.encode_text(tokenizer(captions), normalize=True)
         cosines = model.eval().encode_image(pixels, normalize=True) @ text_features.T
@@ -61,6 +57,20 @@ def test_karpathys_test_split_gives_the_recalls_of_a_plain_computation(kind, tmp
     assert row["clean_recall_t2i@1"] == pytest.approx(to_image.float().mean().item())
     attacked = cosines[torch.arange(6), 5 * torch.arange(6)]  # of each image the first caption
     assert row["clean_similarity"] == pytest.approx(attacked.mean().item(), abs=1e-5)
+
+
+def test_karpathys_splits_are_read_with_and_without_folders_and_restval_is_of_training(tmp_path):
+    sentences = [{"raw": " A dog runs. "}, {"raw": "Dogs."}]
+    splits = ["train", "val", "test", "restval"]
+    images = [{"filename": f"{split}.jpg", "split": split, "sentences": sentences} for split in splits]
+    images[0]["filepath"] = "train2014"  # as COCO's have
+    file = tmp_path / "dataset_flickr30k.json"
+    file.write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
+    args = SimpleNamespace(train_data=str(file), eval_data=str(file))
+    for split, paths in {"eval": ["test.jpg"], "train": ["train2014/train.jpg", "restval.jpg"]}.items():
+        rows = common.read_rows(args, split)
+        assert [row.path for row in rows] == paths
+        assert all(row.captions == ["A dog runs.", "Dogs."] and row.coco_id is None for row in rows)
 
 
 def hand_made(features, captions=4, right=None):
