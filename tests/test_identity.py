@@ -9,21 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_equal, jsonl, lines_of, metrics, pictures, shell
+from conftest import TINY, assert_equal, jsonl, lines_of, metrics, other_weights, pictures, shell, snapshot
 from safetensors.torch import load_file, save_file
 
 import common
 import defend_clip_mat_v2 as mat
-import evaluate
+import defend_clip_pgd_v2 as pgd
 
 GENERATE, MAT, PGD = "generate_pgd_adversarial.py", "defend_clip_mat_v2.py", "defend_clip_pgd_v2.py"
 SMALL = ["--preset", "smoke", "--steps", 1, "--train_data", "train", "--eval_data", "eval"]
 TRAINING = [*SMALL, "--num_images", 4, "--val_images", 2, "--batch_size", 4, "--max_steps", 1]
 OTHER_WEIGHTS = ["--model", f"local-dir:{TINY / 'clip'}", "--pretrained"]  # and their file
-
-
-def snapshot(folder):
-    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
 
 
 def refused(*words):
@@ -49,13 +45,6 @@ def data(tmp_path_factory):
 def generated(folder, count, *words):
     """What the generation of so many images for the table prints."""
     return shell(GENERATE, *SMALL, "--split", "eval", "--num_images", count, *words, "--output_dir", folder)[0]
-
-
-def other_weights(file, scale=1.01):
-    """Weights of the tiny CLIP, those of its visual tower changed a little."""
-    state = load_file(TINY / "clip" / "open_clip_model.safetensors")
-    save_file({key: value * scale if key.startswith("visual.") else value for key, value in state.items()}, file)
-    return file
 
 
 @pytest.fixture
@@ -134,17 +123,16 @@ def test_another_run_is_refused_in_a_line_that_names_what_differs(made, tmp_path
         assert line.endswith("remove that folder, or choose another --output_dir")
 
 
-@pytest.mark.parametrize("which, said", [(0, "another training images"), (5, "another validation images")])
-def test_other_captions_and_other_pixels_are_another_training(which, said, made, tmp_path):
+def test_other_captions_and_other_pixels_are_another_training(made, tmp_path):
     copy = shutil.copytree("train", tmp_path / "train")
     words = [MAT, *TRAINING, "--train_data", copy, "--lr", 0.2, "--output_dir", made / "mat"]
     listed = copy / "metadata.jsonl"
     text = listed.read_text()
-    listed.write_text(text.replace(f"Thing {which} ", "Another thing "))
-    assert f"({said})" in refused(*words)
+    listed.write_text(text.replace("Thing 0 ", "Another thing "))
+    assert "(another training images)" in refused(*words)
     listed.write_text(text)
-    shutil.copy(copy / "17.png", copy / f"{which}.png")
-    assert f"({said})" in refused(*words)
+    shutil.copy(copy / "17.png", copy / "5.png")
+    assert "(another validation images)" in refused(*words)
 
 
 def test_what_moves_no_result_is_the_same_run(made):
@@ -167,33 +155,27 @@ def test_a_training_counts_the_time_of_the_adversarial_images_that_it_uses(made,
     assert 500 < metrics(tmp_path / "pgd")["training_seconds"] < 700
 
 
-def test_another_radius_has_default_folders_of_its_own():
-    assert evaluate.parse_args(["--eps", "2/255"]).output_dir == "runs/report/evaluation_eps2"
-    assert evaluate.parse_args(["--eps", "8/255"]).output_dir == "runs/report/evaluation"
-
-
 # Code and versions
 
 
 def test_an_edit_of_any_module_that_a_script_imports_changes_its_digest(tmp_path, monkeypatch):
-    texts = {"common.py": "import json\n", "mat.py": "import common\n", "pgd.py": "from common import a\nimport make\n"}
-    texts |= {"make.py": "import common, os\n", "evaluate.py": "import mat, pgd as p\n\ndef main():\n    import late\n"}
-    texts["late.py"] = ""
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    texts = {"common.py": "import json\n", "make.py": "import common, os\n", "pgd.py": "from make import a\n"}
+    texts |= {"late.py": "", "evaluate.py": "import make as m\n\ndef main():\n    import late\n"}
 
-    def digests(edited=None):
-        folder = tmp_path / f"edited_{edited}"
-        folder.mkdir()
-        for name, text in texts.items():
-            (folder / name).write_text(text + "# edited\n" * (name == edited))
-        monkeypatch.setattr(common, "ROOT", folder)
-        return {script: common.source_digest(folder / script) for script in ("mat.py", "pgd.py", "evaluate.py")}
+    def digests():
+        common.source_digest.cache_clear()
+        return {script: common.source_digest(tmp_path / script) for script in ("pgd.py", "evaluate.py")}
 
-    before = digests()
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
     for edited, expected in (
-        ("common.py", ["mat.py", "pgd.py", "evaluate.py"]), ("mat.py", ["mat.py", "evaluate.py"]),
-        ("make.py", ["pgd.py", "evaluate.py"]), ("late.py", ["evaluate.py"]),
+        ("common.py", ["pgd.py", "evaluate.py"]), ("make.py", ["pgd.py", "evaluate.py"]),
+        ("pgd.py", ["pgd.py"]), ("late.py", ["evaluate.py"]),
     ):  # fmt: skip
-        after = digests(edited)
+        before = digests()
+        (tmp_path / edited).write_text(texts[edited] + "# edited\n")
+        after = digests()
         assert [script for script in before if before[script] != after[script]] == expected
 
 
@@ -274,35 +256,25 @@ def test_another_data_set_under_the_same_names_is_an_error_and_lines_of_other_im
     assert attacked == [(1, 1)] and again[1:] == lines[1:] and again[0]["sha256"] == lines[0]["sha256"]
 
 
-def test_killed_between_png_and_metadata_it_goes_on_with_another_batch_size(tmp_path, monkeypatch):
-    generated(tmp_path / "whole", 5)
-    with monkeypatch.context() as patch:
-        stop_at(patch, common.Run, "save_part", 2)
-        words = [*SMALL, "--split", "eval", "--num_images", 5, "--batch_size", 2]
-        shell(GENERATE, *words, "--output_dir", tmp_path / "out", code=130)
-    assert len(list((tmp_path / "out" / "images").iterdir())) == 4
-    assert not (tmp_path / "out" / "metadata.jsonl").exists()
-    generated(tmp_path / "out", 5)
-    assert_equal(tmp_path / "out", tmp_path / "whole")
-
-
 # Whose folder
 
 
-@pytest.mark.parametrize(
-    "script, name",
-    [(GENERATE, "metadata.jsonl"), (GENERATE, "images"), (MAT, "log.jsonl"), (PGD, "open_clip_config.json"),
-     ("eval_jpeg.py", "metrics.json"), ("evaluate.py", "rows"), ("evaluate.py", "table.md")],
-)  # fmt: skip
-def test_a_folder_with_a_name_that_the_script_writes_and_no_run_of_ours_is_refused(script, name, tmp_path):
-    for there in {name, "metrics.json"}:
-        (tmp_path / there).write_text('{"argv": []}')  # as an old version, or a stranger, left it
-        line = refused(script, "--preset", "smoke", "--output_dir", tmp_path)
-        assert f"it holds {there} and no run.json of these scripts" in line
-        (tmp_path / there).unlink()
-    (tmp_path / "run.json").write_text('{"argv": []}')
-    line = refused(script, "--preset", "smoke", "--output_dir", tmp_path)
-    assert "run.json is damaged or a stranger's" in line
+def test_a_folder_with_a_name_that_the_script_writes_and_no_run_of_ours_is_refused(tmp_path):
+    for script, names in {
+        GENERATE: ["metadata.jsonl", "metadata.csv", "images", "metrics.json"],
+        MAT: ["log.jsonl"],
+        PGD: ["open_clip_config.json"],
+        "eval_jpeg.py": ["metrics.json"],
+        "evaluate.py": ["rows", "table.md"],
+    }.items():
+        words = [script, "--preset", "smoke", "--output_dir", tmp_path]
+        for name in names:
+            (tmp_path / name).write_text('{"argv": []}')  # as an old version, or a stranger, left it
+            assert f"it holds {name} and no run.json of these scripts: choose another" in refused(*words)
+            (tmp_path / name).unlink()
+        (tmp_path / "run.json").write_text('{"argv": []}')
+        assert "run.json is damaged or a stranger's" in refused(*words)
+        (tmp_path / "run.json").unlink()
 
 
 def test_other_files_in_an_output_folder_are_left_alone(tmp_path):
@@ -320,15 +292,15 @@ def test_other_files_in_an_output_folder_are_left_alone(tmp_path):
 # Rows of a table
 
 
-def trained(folder, seed=0):
-    """Leave what a MAT training leaves: the tiny CLIP, its weights changed a little."""
-    words = [*SMALL, "--seed", seed, "--output_dir", folder]
-    args = mat.parse_args([str(word) for word in words])
-    run, clip = mat.open_run(args), common.load_clip(args)
+def trained(folder, script=mat, **flags):
+    """Leave what a training leaves, MAT if not told otherwise: the tiny CLIP, its weights changed a little."""
+    args = script.parse_args([*map(str, SMALL), "--output_dir", str(folder)])
+    vars(args).update(flags)
+    run, clip = script.open_run(args), common.load_clip(args)
     run.identify(model=clip.digest, precision=clip.precision)
     run.begin()
     for place, weights in enumerate(clip.model.visual.parameters()):
-        weights.data *= 1 + 0.01 * np.random.default_rng([seed, place]).random()
+        weights.data *= 1 + 0.01 * np.random.default_rng([args.seed, place]).random()
     common.save_model(run.dir, clip, set())
     run.finish(clip.device, training_seconds=1.0)
 
@@ -387,7 +359,7 @@ def test_a_table_made_before_the_trainings_is_completed_by_them(whole_table):
 
 
 def test_seeds_of_a_training_are_averaged(table):
-    trained(table.folder / "mat_seed1", 1)
+    trained(table.folder / "mat_seed1", seed=1)
     printed, measured = table.run("--seeds", 2)
     assert measured == ["MAT, seed 1"] and "lowest of 2 seeds" in printed
     record = metrics(table.out)
@@ -426,26 +398,24 @@ def test_of_an_unfinished_row_the_parts_of_other_code_do_not_count(table, monkey
     assert calls[0] == calls[1] == calls[2] != calls[3] and [*map(len, calls)] == [2, 2, 2, 2]
 
 
-def test_reproduce_in_one_process_trains_each_seed_on_the_images_of_the_first(tmp_path, monkeypatch):
-    few = {"train_images": 16, "val_images": 2, "epochs": 1}
-    monkeypatch.setitem(common.PRESETS, "smoke", common.PRESETS["smoke"] | few)
+def test_reproduce_trains_each_seed_on_the_images_of_the_first(tmp_path, monkeypatch):
+    """A training is stood in for by its flags and what it leaves."""
+    seen = []
+
+    def train(args):
+        seen.append(args)
+        if not Path(args.output_dir).exists():
+            trained(args.output_dir, pgd, **vars(args))
+
+    monkeypatch.setattr(pgd, "main", train)
     table = Table(tmp_path)
     words = ["--reproduce", "--trainings", "pgd", "--seeds", 2]
-    printed, measured = table.run(*words)
-    assert measured == ["original", "contrastive, offline", "contrastive, offline, seed 1"]
-    args = metrics(tmp_path / "pgd_seed1")["args"]
-    assert args["seed"] == 1 and args["adversarial_dir"] == str(tmp_path / "adversarial_train")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "adversarial_eval", "adversarial_train", "evaluation", "pgd", "pgd_seed1"
-    }  # fmt: skip
-    printed, _ = table.run(*words)
-    assert printed.count("nothing to do") == 3
-
-
-def test_no_second_file_of_captions_is_written_beside_own_pictures(tmp_path):
-    (tmp_path / "metadata.csv").write_text("file_name,caption\npicture.png,A ring.\n")
-    line = refused(GENERATE, *SMALL, "--num_images", 1, "--output_dir", tmp_path)
-    assert "it holds metadata.csv and no run.json of these scripts: choose another --output_dir" in line
+    assert table.run(*words)[1] == ["original", "contrastive, offline", "contrastive, offline, seed 1"]
+    first, second = seen
+    assert [Path(args.output_dir).name for args in seen] == ["pgd", "pgd_seed1"]
+    assert (first.seed, first.adversarial_dir) == (0, None)
+    assert (second.seed, second.adversarial_dir) == (1, str(tmp_path / "adversarial_train"))
+    assert "nothing to do" in table.run(*words)[0] and len(seen) == 4
 
 
 @pytest.mark.parametrize("name, scale", [("text_projection", 1e38), ("visual.ln_post.weight", 1e38)])

@@ -300,6 +300,7 @@ def test_a_bad_seed_moves_the_mean_shows_in_the_range_and_undoes_a_separation():
     assert evaluate.range_of(rows["a"], "white_box_similarity") == pytest.approx(expected)
     assert not pairs["a", "b"]["separated"] and pairs["original", "a"]["separated"]
     assert [len(rows[row]["per_seed"]) for row in rows] == [0, 3, 3]
+    assert rows["a"]["white_box_recall_i2t@1_interval"] == evaluate.wilson(60, 60)  # of 60 images, whatever the seeds
 
 
 def test_a_bf16_attack_is_near_the_fp32_one():
