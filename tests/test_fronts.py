@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 import common
 import evaluate
-from evaluate import FRONTS, REPORTED, TTC, Front, first_share
+from evaluate import FRONTS, Front, first_share
 
 ATTACK = replace(common.white_box(8 / 255, 3), draws=2)
 GENERATORS = partial(common.generators_for, 5)
@@ -272,18 +271,3 @@ def test_a_defence_whose_gradient_vanishes_raises_the_alarm(row):
         defended = replace(row, fronts=(shrunk(scale),)).part(slice(2))
         health = evaluate.measure(defended, replace(ATTACK, steps=1, draws=0), 1, 0).health
         assert (health["vanishing_gradient"], health["zero_gradient"]) == (expected, 0)
-
-
-def test_the_original_model_answers_for_a_trained_one():
-    """TTC asks the original CLIP whether an image is attacked, and counterattacks the trained one."""
-    asked = SimpleNamespace(original=0, model=0)
-
-    def counted(name):
-        def encode(images, normalize=True):
-            setattr(asked, name, getattr(asked, name) + 1)
-            return linear(images, normalize)
-
-        return encode
-
-    evaluate.ttc(counted("model"), counted("original"), GENERATORS(range(1)))(torch.rand(1, 3, 6, 6))
-    assert asked.original == 2 and asked.model == 2 + TTC["steps"] and REPORTED

@@ -1,13 +1,12 @@
 """Killed, interrupted, out of room: the same command goes on, and ends in the bytes of an undisturbed run.
 
-Each run is a process of its own, forked from this one, with one fault at a known call. Also: who may write to a folder.
+Each run is a process of its own, forked from this one, with one fault at a known call.
 """
 
 import errno
 import os
 import re
 import resource
-import shutil
 import signal
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import assert_equal, fork, join, jsonl, lines_of, metrics, pictures, refusal, shell
+from conftest import assert_equal, fork, join, jsonl, metrics, pictures, refusal, shell
 
 import common
 import evaluate  # noqa: F401 - for the processes that are forked
@@ -138,43 +137,6 @@ def test_whatever_ends_a_run_the_same_command_goes_on_and_ends_in_the_same_bytes
         assert code < 0 or not list(out.rglob(f"*.{child}.tmp")), fault
     assert_equal(out, whole)
     assert not {*whole.rglob("*.tmp"), *whole.glob("parts")}
-
-
-# Who may write
-
-
-@contextmanager
-def stopped(log, command, at):
-    """Start a run, and stop it at the second call of a function: its id, to join() afterwards."""
-    child = fork(log, command, prepare=partial(met, Fault(at, 2, "SIGSTOP")))
-    os.waitid(os.P_PID, child, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-    try:
-        yield child
-    finally:
-        os.kill(child, signal.SIGKILL)
-
-
-def test_a_second_run_into_a_folder_is_refused_while_the_first_writes(made, tmp_path, monkeypatch):
-    monkeypatch.chdir(made)
-    command = [*KINDS["generation"][0], "--output_dir", tmp_path / "out"]
-    with stopped(tmp_path / "log", command, PGD) as first:
-        (line,) = lines_of(shell(*command, code=2)[1])
-    assert join(first, tmp_path / "log")[0] == -signal.SIGKILL
-    assert "another run is writing to it" in line
-    assert "is resumed (" in shell(*command)[0] and metrics(tmp_path / "out")["n"] == 4
-
-
-def test_two_trainings_read_one_finished_folder_at_once(made, tmp_path, monkeypatch):
-    monkeypatch.chdir(made)
-    shutil.copytree(made / "adversarial_train", tmp_path / "adversarial_train")
-    command = ["defend_clip_pgd_v2.py", *TRAINING, "--epochs", 1, "--output_dir"]
-    with stopped(tmp_path / "log", [*command, tmp_path / "one"], STEP) as first:
-        shell(*command, tmp_path / "other")
-        os.kill(first, signal.SIGCONT)
-        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
-    code, _, lines = join(first, tmp_path / "log")
-    assert (code, lines) == (0, [])
-    assert_equal(tmp_path / "one", tmp_path / "other")
 
 
 def test_after_a_failed_call_in_a_notebook_another_one_works(made, tmp_path, monkeypatch, capsys):
