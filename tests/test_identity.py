@@ -408,3 +408,5 @@ def test_adversarial_images_that_do_not_fit_are_one_line_whose_remedy_works(tmp_
         assert line.endswith(f"{said}: leave the flag out to have the images made")
     shell(*jpeg, *words)
     assert metrics(tmp_path / "out" / "jpeg")["n"] == 2
+    generated(tmp_path / "seed1", 2, "--seed", 1, "--eval_data", "train")
+    assert "(another transferred images)" in refused(*jpeg, *words, "--adversarial_dir", tmp_path / "seed1")
