@@ -103,3 +103,21 @@ common.Run.save_part = lambda self, *given: (save_part(self, *given), os._exit(9
         sum((theirs[key] - other[key]).square().sum() for key in theirs).sqrt() for other in (before, ours)
     )
     assert apart < 0.1 * moved
+
+
+def test_the_tf32_attack_is_as_strong_as_the_fp32_one(on_card):
+    code = """
+found = [common.attack_all(attack, loss, pixels, clip, precision=name)[0] for name in ("fp32", "tf32")]
+print(json.dumps([clip.similarity(pixels_adv, text_features).mean().item() for pixels_adv in found]))
+"""
+    exact, fast = on_gpu(on_card, code)
+    assert fast <= exact + 0.005
+
+
+def test_a_full_memory_is_one_line_and_a_smaller_batch_resumes(tmp_path):
+    full = "import torch, common\ndef full(*_, **__): raise torch.OutOfMemoryError('planted')\ncommon.pgd = full"
+    words = ["generate_pgd_adversarial.py", *SMALL, "--split", "eval", "--output_dir", tmp_path / "out"]
+    line = run_script(tmp_path, *words, before=full, code_of_exit=2)
+    assert "use a smaller one: the same command resumes" in line
+    run_script(tmp_path, *words, "--batch_size", 4)
+    assert metrics(tmp_path / "out")["n"] == 16
