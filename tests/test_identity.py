@@ -224,22 +224,23 @@ def test_more_images_complete_a_folder_and_fewer_leave_it(tmp_path, attacked):
 def test_a_removed_png_is_made_again_and_an_altered_or_another_image_is_an_error_that_names_it(tmp_path, attacked):
     out, other = tmp_path / "out", shutil.copytree("eval", tmp_path / "other")
     listed = other / "metadata.jsonl"
-    listed.write_text(listed.read_text().replace("Thing 1 ", "Another thing "))
+    listed.write_text(listed.read_text().replace("Thing 2 ", "Another thing "))
     generated(out, 4)
     files, lines = sorted((out / "images").iterdir()), jsonl(out / "metadata.jsonl")
-    files[0].unlink()
+    files[1].unlink()
     attacked.clear()
-    generated(out, 1, "--eval_data", other)  # its first picture is the same
+    generated(out, 2, "--eval_data", other)  # its first two pictures are the same
     again = jsonl(out / "metadata.jsonl")
-    assert attacked == [(1, 1)] and again[1:] == lines[1:] and again[0]["sha256"] == lines[0]["sha256"]
-    files[0].unlink()
-    shutil.copy(files[3], files[2])
+    assert attacked == [(1, 1)] and [line["sha256"] for line in again] == [line["sha256"] for line in lines]
+    assert [again[i] for i in (0, 2, 3)] == [lines[i] for i in (0, 2, 3)]
+    files[1].unlink()
+    shutil.copy(files[0], files[3])
     for words, said in (
-        (["--eval_data", other], "it holds images of another data set, such as images/000001.png"),
-        ([], f"images/{files[2].name} was altered"),
+        (["--eval_data", other], "it holds images of another data set, such as images/000002.png"),
+        ([], f"images/{files[3].name} was altered"),
     ):
         assert said in refused(GENERATE, *SMALL, "--split", "eval", *words, "--num_images", 4, "--output_dir", out)
-    assert len(attacked) == 1 and not files[0].exists()
+    assert len(attacked) == 1 and not files[1].exists()
 
 
 # Whose folder
