@@ -142,6 +142,15 @@ def test_tte_is_the_mean_of_the_views_and_dbd_goes_on_where_they_agree():
         torch.testing.assert_close(moved, features + factor * (views.mean(0) - features))
 
 
+def test_the_original_model_answers_for_a_trained_one_in_ttc_alone(row):
+    args = evaluate.parse_args(["--preset", "tiny", "--num_images", "8"])
+    images = common.load_images(args, "eval", row.clip.geometry)
+    data = evaluate.Evaluation(images, row.transfer, None, row.clip.geometry, row.clip.digest, row.clip.weights_digest)
+    for front, asked in (("ttc", True), ("jpeg50", False)):
+        found = evaluate.load_row(args, "x", evaluate.Spec("x", args.model, (front,)), data)
+        assert (found.original is not found.clip) == asked
+
+
 def test_images_meet_the_first_front_first(row, monkeypatch):
     def front(mark):
         def wrap(encode, original, generators):

@@ -162,6 +162,13 @@ def test_the_worst_case_is_no_milder_than_any_attack(row):
     assert common.linf_grey_levels(row.pixels, measured.lowest).max() == 8  # those of another geometry may lie outside
 
 
+def test_the_transferred_image_counts_where_the_attack_itself_finds_less(row, monkeypatch):
+    fine = {key: torch.zeros(IMAGES, dtype=torch.bool) for key in ("zero_gradient", "nonfinite")}
+    monkeypatch.setattr(evaluate, "attack_row", lambda attack, part, *_: (torch.from_numpy(part.pixels), fine))
+    conditions = evaluate.measure(row, ATTACK, 1, 0).conditions
+    np.testing.assert_allclose(conditions["white_box"]["similarity"], conditions["transfer"]["similarity"])
+
+
 def test_the_saved_white_box_images_are_those_behind_the_figures(row, tmp_path):
     measured = evaluate.measure(row, replace(ATTACK, steps=2), 1, 0)
     names = [f"{i:06d}" for i in range(IMAGES)]
