@@ -403,6 +403,7 @@ def test_adversarial_images_that_do_not_fit_are_one_line_whose_remedy_works(tmp_
     for words, said in (
         (["--num_images", 3], "it has 2 of the 3 images"),
         (["--num_images", 2, "--eps", "4/255"], "it has --eps 8/255, not 4/255"),
+        (["--num_images", 2, *OTHER_WEIGHTS, other_weights(tmp_path / "x.safetensors")], "it has another model"),
         (["--num_images", 2, "--eval_data", "train"], "another data set, such as images/000000.png"),
     ):
         line = refused(*jpeg, *words, "--adversarial_dir", tmp_path / "images")
