@@ -9,11 +9,9 @@ import os
 import re
 import runpy
 import signal
-import subprocess
 import sys
 import tempfile
 import traceback
-from functools import lru_cache
 from pathlib import Path
 from unittest.mock import DEFAULT, MagicMock, patch
 
@@ -36,14 +34,6 @@ TINY = ROOT / "tests" / "tiny"
 SCRIPTS = ["generate_pgd_adversarial", "defend_clip_mat_v2", "defend_clip_pgd_v2", "eval_jpeg", "evaluate"]
 TRAIN, EVAL, VALIDATION = 48, 8, 8  # images of the report
 REPORT = ["--reproduce", "--preset", "smoke", "--qualities", 50, "--num_images", EVAL, "--attack_steps", 4]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def cached_tokenizer():
-    """Make open_clip's tokenizer once: half of the time that a tiny CLIP takes to load."""
-    import open_clip  # here, as the process that hands out the tests need not wait for it
-
-    open_clip.SimpleTokenizer = lru_cache(open_clip.SimpleTokenizer)
 
 
 @pytest.fixture(autouse=True)
@@ -120,15 +110,6 @@ def join(child, log):
     return code, Path(f"{log}.out").read_text(), lines_of(Path(f"{log}.err").read_text())
 
 
-def process(cwd, env, *commands):
-    """Run scripts, one after the other, in a process of their own with further environment: what it printed."""
-    code = f"import runpy, sys\nfor sys.argv in {[[str(word) for word in words] for words in commands]}:\n"
-    code += f"    runpy.run_path({str(ROOT)!r} + '/' + sys.argv[0], run_name='__main__')\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
@@ -162,6 +143,20 @@ def assert_equal(folder, other):
     files, others = contents(folder), contents(other)
     assert files.keys() == others.keys()
     assert not [name for name in files if files[name] != others[name]]
+
+
+def snapshot(folder):
+    """{path: (when it was changed, bytes)} of what lies in a folder and below."""
+    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+
+
+def other_weights(file, scale=1.01):
+    """Write weights of the tiny CLIP, those of its visual tower changed a little; return the file."""
+    from safetensors.torch import load_file, save_file  # here, as torch comes with it
+
+    state = load_file(TINY / "clip" / "open_clip_model.safetensors")
+    save_file({key: value * scale if key.startswith("visual.") else value for key, value in state.items()}, file)
+    return file
 
 
 def jsonl(file):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import GPU, REPORT, TINY, jsonl, metrics, process
+from conftest import GPU, REPORT, ROOT, TINY, jsonl, metrics
 from safetensors.torch import load_file
 
 FOUND = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout.strip()
@@ -28,19 +28,31 @@ attack, loss = common.white_box(args.eps, 75), partial(common.own_caption, text_
 """
 
 
-def on_gpu(folder, code):
-    """Run code with a model on the GPU, in a process of its own, and return what it prints last, as JSON."""
-    command = [sys.executable, "-c", SETUP + code]
+def run_python(folder, code, *words, code_of_exit=0):
+    """Run code with arguments in a process that sees the GPU: its stdout, or its stderr where it is to fail."""
+    command = [sys.executable, "-c", code, *map(str, words)]
     done = subprocess.run(command, env=os.environ | ENV, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == code_of_exit, done.stderr
+    return done.stderr if code_of_exit else done.stdout
+
+
+def run_script(folder, *words, before="", code_of_exit=0):
+    """Run a script, after some code, as run_python() does."""
+    code = f"import runpy, sys\n{before}\nsys.argv = sys.argv[1:]\n"
+    code += f"runpy.run_path({str(ROOT)!r} + '/' + sys.argv[0], run_name='__main__')"
+    return run_python(folder, code, *words, code_of_exit=code_of_exit)
+
+
+def on_gpu(folder, code):
+    """Run code with a model on the GPU, and return what it prints last, as JSON."""
+    return json.loads(run_python(folder, SETUP + code).splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def on_card(tmp_path_factory):
     """The small report of conftest.py, made on the GPU."""
     folder = tmp_path_factory.mktemp("gpu")
-    process(folder, ENV, ["evaluate.py", *REPORT, "--device", DEVICE, "--output_dir", folder / "evaluation"])
+    run_script(folder, "evaluate.py", *REPORT, "--device", DEVICE, "--output_dir", folder / "evaluation")
     return folder
 
 
@@ -76,19 +88,15 @@ def test_a_first_training_step_is_that_of_the_cpu(on_card, report):
 
 
 def test_a_killed_training_resumes(on_card, tmp_path):
-    words = [*SMALL, "--save_every", 0, "--output_dir", tmp_path / "mat"]
+    words = ["defend_clip_mat_v2.py", *SMALL, "--save_every", 0, "--output_dir", tmp_path / "mat"]
     kill = """
-import os, runpy, sys
+import os
 import common
 save_part = common.Run.save_part
 common.Run.save_part = lambda self, *given: (save_part(self, *given), os._exit(9))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    script = [sys.executable, "-c", kill, "defend_clip_mat_v2.py", *map(str, words)]
-    root = str(TINY.parent.parent)
-    assert subprocess.run(script, env=os.environ | ENV, cwd=root, capture_output=True).returncode == 9
-    assert "is resumed" in process(tmp_path, ENV, ["defend_clip_mat_v2.py", *words])
+    run_script(tmp_path, *words, before=kill, code_of_exit=9)
+    assert "is resumed" in run_script(tmp_path, *words)
     ours, theirs = (load_file(folder / "mat" / "open_clip_model.safetensors") for folder in (tmp_path, on_card))
     before = load_file(TINY / "clip" / "open_clip_model.safetensors")
     moved, apart = (
@@ -106,12 +114,10 @@ print(json.dumps([clip.similarity(pixels_adv, text_features).mean().item() for p
     assert fast <= exact + 0.005
 
 
-def test_a_full_memory_is_one_line_and_a_smaller_batch_resumes(on_card, tmp_path):
-    full = "import torch, common\ndef full(*_, **__): raise torch.OutOfMemoryError('planted')\ncommon.pgd = full\n"
-    words = ["generate_pgd_adversarial.py", *map(str, SMALL), "--split", "eval", "--output_dir", str(tmp_path / "out")]
-    code = f"{full}import runpy, sys\nsys.argv = {words}\nrunpy.run_path({str(TINY.parent.parent)!r} + '/' + words[0])"
-    code = code.replace("words[0])", "sys.argv[0], run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | ENV, capture_output=True, text=True)
-    assert done.returncode == 2 and "use a smaller one: the same command resumes" in done.stderr
-    process(tmp_path, ENV, [*words, "--batch_size", 4])
+def test_a_full_memory_is_one_line_and_a_smaller_batch_resumes(tmp_path):
+    full = "import torch, common\ndef full(*_, **__): raise torch.OutOfMemoryError('planted')\ncommon.pgd = full"
+    words = ["generate_pgd_adversarial.py", *SMALL, "--split", "eval", "--output_dir", tmp_path / "out"]
+    line = run_script(tmp_path, *words, before=full, code_of_exit=2)
+    assert "use a smaller one: the same command resumes" in line
+    run_script(tmp_path, *words, "--batch_size", 4)
     assert metrics(tmp_path / "out")["n"] == 16

@@ -1,29 +1,29 @@
 """What makes two runs the same, whose a folder is, what is kept, completed or refused: images, trainings, rows."""
 
-import functools
+import fcntl
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_equal, jsonl, lines_of, metrics, pictures, shell
+from conftest import TINY, assert_equal, jsonl, lines_of, metrics, other_weights, pictures, shell, snapshot
 from safetensors.torch import load_file, save_file
 
 import common
 import defend_clip_mat_v2 as mat
-import evaluate
+import defend_clip_pgd_v2 as pgd
 
 GENERATE, MAT, PGD = "generate_pgd_adversarial.py", "defend_clip_mat_v2.py", "defend_clip_pgd_v2.py"
 SMALL = ["--preset", "smoke", "--steps", 1, "--train_data", "train", "--eval_data", "eval"]
 TRAINING = [*SMALL, "--num_images", 4, "--val_images", 2, "--batch_size", 4, "--max_steps", 1]
+OTHER_CODE = [("bbb", None), (None, "python 3.12, torch 9")]  # commit, versions
+OFFLINE = "contrastive, offline"
 OTHER_WEIGHTS = ["--model", f"local-dir:{TINY / 'clip'}", "--pretrained"]  # and their file
-
-
-def snapshot(folder):
-    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
 
 
 def refused(*words):
@@ -41,8 +41,8 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for seed, name in enumerate(("train", "eval")):
         pictures(folder / name, 18, seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
         yield folder
 
 
@@ -51,41 +51,29 @@ def generated(folder, count, *words):
     return shell(GENERATE, *SMALL, "--split", "eval", "--num_images", count, *words, "--output_dir", folder)[0]
 
 
-def other_weights(file, scale=1.01):
-    """Weights of the tiny CLIP, those of its visual tower changed a little."""
-    state = load_file(TINY / "clip" / "open_clip_model.safetensors")
-    save_file({key: value * scale if key.startswith("visual.") else value for key, value in state.items()}, file)
-    return file
+class Attacks(list):
+    """The images and steps of each call of pgd(); call number .stop, counted from 1, is met by Ctrl-C."""
+
+    stop = None
+
+    def __init__(self):
+        self.pgd = common.pgd
+
+    def __call__(self, loss_fn, images, attack, *rest):
+        self.append((len(images), attack.steps))
+        if len(self) == self.stop:
+            raise KeyboardInterrupt
+        return self.pgd(loss_fn, images, attack, *rest)
 
 
 @pytest.fixture
 def attacked(monkeypatch):
-    """The images and steps of each call of pgd()."""
-    calls, pgd = [], common.pgd
-
-    def counted(loss_fn, images, attack, *rest):
-        calls.append((len(images), attack.steps))
-        return pgd(loss_fn, images, attack, *rest)
-
-    monkeypatch.setattr(common, "pgd", counted)
-    return calls
+    attacks = Attacks()
+    monkeypatch.setattr(common, "pgd", attacks)
+    return attacks
 
 
-def stop_at(monkeypatch, owner, name, call):
-    """Let a call of a function, counted from 1, be met by Ctrl-C."""
-    function, calls = getattr(owner, name), []
-
-    @functools.wraps(function)
-    def stopped(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, stopped)
-
-
-def other_code(monkeypatch, commit="bbb", versions="python 3.12, torch 9"):
+def other_code(monkeypatch, commit, versions):
     """Let all scripts be of another commit, or other packages."""
     if commit:
         monkeypatch.setattr(common, "source_digest", lambda script: f"{Path(script).stem} of {commit}")
@@ -103,8 +91,7 @@ def made(data):
     folder = data / "made"
     shell(GENERATE, *SMALL, "--num_images", 4, "--output_dir", folder / "adversarial_train")
     shell(PGD, *TRAINING, "--output_dir", folder / "pgd")
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, torch.nn.utils, "clip_grad_norm_", 1)
+    with patch.object(torch.nn.utils, "clip_grad_norm_", side_effect=KeyboardInterrupt):
         shell(MAT, *TRAINING, "--lr", 0.2, "--output_dir", folder / "mat", code=130)
     return folder
 
@@ -114,6 +101,7 @@ def test_another_run_is_refused_in_a_line_that_names_what_differs(made, tmp_path
     images = [GENERATE, *SMALL, "--num_images", 4, "--output_dir", made / "adversarial_train"]
     training = [MAT, *TRAINING, "--lr", 0.2, "--output_dir", made / "mat"]
     complete = [PGD, *TRAINING, "--output_dir", made / "pgd"]
+    shell(GENERATE, *SMALL, "--num_images", 4, "--seed", 1, "--output_dir", tmp_path / "seed1")
     for command, words, said in (
         (images, ["--seed", 1], "--seed 0, not 1"),
         (images, ["--eps", "4/255", "--alpha", "1/255"], "--eps 8/255, not 4/255; --alpha 2/255, not 1/255"),
@@ -127,6 +115,7 @@ def test_another_run_is_refused_in_a_line_that_names_what_differs(made, tmp_path
         (training, ["--num_images", 5, "--val_images", 1], "another training images; another validation images"),
         (complete, ["--loss", "features", "--lr", 1e-4], "--loss contrastive, not features"),
         (complete, ["--online_steps", 1, "--loss", "contrastive"], "--online_steps 0, not 1"),
+        (complete, ["--adversarial_dir", tmp_path / "seed1"], "another adversarial images"),
         ([PGD, *training[1:]], [], f"script {MAT}, not {PGD}"),
     ):
         line = refused(*command, *words)
@@ -134,17 +123,16 @@ def test_another_run_is_refused_in_a_line_that_names_what_differs(made, tmp_path
         assert line.endswith("remove that folder, or choose another --output_dir")
 
 
-@pytest.mark.parametrize("which, said", [(0, "another training images"), (5, "another validation images")])
-def test_other_captions_and_other_pixels_are_another_training(which, said, made, tmp_path):
+def test_other_captions_and_other_pixels_are_another_training(made, tmp_path):
     copy = shutil.copytree("train", tmp_path / "train")
     words = [MAT, *TRAINING, "--train_data", copy, "--lr", 0.2, "--output_dir", made / "mat"]
     listed = copy / "metadata.jsonl"
     text = listed.read_text()
-    listed.write_text(text.replace(f"Thing {which} ", "Another thing "))
-    assert f"({said})" in refused(*words)
+    listed.write_text(text.replace("Thing 0 ", "Another thing "))
+    assert "(another training images)" in refused(*words)
     listed.write_text(text)
-    shutil.copy(copy / "17.png", copy / f"{which}.png")
-    assert f"({said})" in refused(*words)
+    shutil.copy(copy / "17.png", copy / "5.png")
+    assert "(another validation images)" in refused(*words)
 
 
 def test_what_moves_no_result_is_the_same_run(made):
@@ -158,42 +146,38 @@ def test_what_moves_no_result_is_the_same_run(made):
     assert snapshot(made) == before
 
 
-def test_a_training_counts_the_time_of_the_adversarial_images_that_it_uses(made, tmp_path):
-    folder = shutil.copytree(made / "adversarial_train", tmp_path / "images")
+def test_a_training_uses_finished_images_although_another_run_holds_them_and_counts_the_time_of_its_own(made, tmp_path):
+    folder = shutil.copytree(made / "adversarial_train", tmp_path / "adversarial_train")
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"seconds": 1000}))  # of four images
-    words = ["--num_images", 2, "--batch_size", 2, "--adversarial_dir", folder, "--output_dir", tmp_path / "pgd"]
-    shell(PGD, *TRAINING, *words)
-    assert 500 < metrics(tmp_path / "pgd")["training_seconds"] < 700
-
-
-def test_another_radius_has_default_folders_of_its_own():
-    assert evaluate.parse_args(["--eps", "2/255"]).output_dir == "runs/report/evaluation_eps2"
-    assert evaluate.parse_args(["--eps", "8/255"]).output_dir == "runs/report/evaluation"
+    before, other = snapshot(folder), os.open(folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    shell(PGD, *TRAINING, "--num_images", 2, "--batch_size", 2, "--output_dir", tmp_path / "pgd")
+    os.close(other)
+    assert 500 < metrics(tmp_path / "pgd")["training_seconds"] < 700 and snapshot(folder) == before
 
 
 # Code and versions
 
 
 def test_an_edit_of_any_module_that_a_script_imports_changes_its_digest(tmp_path, monkeypatch):
-    texts = {"common.py": "import json\n", "mat.py": "import common\n", "pgd.py": "from common import a\nimport make\n"}
-    texts |= {"make.py": "import common, os\n", "evaluate.py": "import mat, pgd as p\n\ndef main():\n    import late\n"}
-    texts["late.py"] = ""
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    texts = {"common.py": "import json\n", "make.py": "import common, os\n", "pgd.py": "from make import a\n"}
+    texts |= {"late.py": "", "evaluate.py": "import make as m\n\ndef main():\n    import late\n"}
 
-    def digests(edited=None):
-        folder = tmp_path / f"edited_{edited}"
-        folder.mkdir()
-        for name, text in texts.items():
-            (folder / name).write_text(text + "# edited\n" * (name == edited))
-        monkeypatch.setattr(common, "ROOT", folder)
-        return {script: common.source_digest(folder / script) for script in ("mat.py", "pgd.py", "evaluate.py")}
+    def digests():
+        common.source_digest.cache_clear()
+        return {script: common.source_digest(tmp_path / script) for script in ("pgd.py", "evaluate.py")}
 
-    before = digests()
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
     for edited, expected in (
-        ("common.py", ["mat.py", "pgd.py", "evaluate.py"]), ("mat.py", ["mat.py", "evaluate.py"]),
-        ("make.py", ["pgd.py", "evaluate.py"]), ("late.py", ["evaluate.py"]),
+        ("common.py", ["pgd.py", "evaluate.py"]), ("make.py", ["pgd.py", "evaluate.py"]),
+        ("pgd.py", ["pgd.py"]), ("late.py", ["evaluate.py"]),
     ):  # fmt: skip
-        after = digests(edited)
+        before = digests()
+        (tmp_path / edited).write_text(texts[edited] + "# edited\n")
+        after = digests()
         assert [script for script in before if before[script] != after[script]] == expected
 
 
@@ -202,7 +186,7 @@ def test_versions_leave_out_what_changes_no_figure(monkeypatch):
     assert re.search(r"^python 3\.\d+, torch 1\.0, torchvision [\d.]+, open_clip ", common.versions())
 
 
-@pytest.mark.parametrize("commit, versions", [("bbb", None), (None, "python 3.12, torch 9")])
+@pytest.mark.parametrize("commit, versions", OTHER_CODE)
 def test_of_other_code_or_versions_what_is_unfinished_is_refused_and_what_is_finished_is_used(
     commit, versions, made, monkeypatch
 ):
@@ -224,228 +208,182 @@ def test_of_other_code_or_versions_what_is_unfinished_is_refused_and_what_is_fin
 
 def test_more_images_complete_a_folder_and_fewer_leave_it(tmp_path, attacked):
     generated(tmp_path / "whole", 5)
-    generated(tmp_path / "out", 2)
+    generated(tmp_path / "adversarial_eval", 2)
     attacked.clear()
-    generated(tmp_path / "out", 5)
+    generated(tmp_path / "adversarial_eval", 5)
     assert attacked == [(3, 1)]
-    for name in ("whole", "out"):
-        (tmp_path / name / "args").write_text(str(metrics(tmp_path / name)["args"].pop("num_images")))
-    assert_equal(tmp_path / "out", tmp_path / "whole")
-    before = snapshot(tmp_path / "out")
-    assert "nothing to do" in generated(tmp_path / "out", 1) and snapshot(tmp_path / "out") == before
-    (tmp_path / "adversarial_eval").symlink_to(tmp_path / "out")
+    assert_equal(tmp_path / "adversarial_eval", tmp_path / "whole")
+    before = snapshot(tmp_path)
+    assert "nothing to do" in generated(tmp_path / "adversarial_eval", 1) and snapshot(tmp_path) == before
     attacked.clear()
     words = [*SMALL, "--attack_steps", 1, "--num_images", 6, "--qualities", 50, "--output_dir", tmp_path / "jpeg"]
     shell("eval_jpeg.py", *words)
     assert attacked == [(1, 1), (6, 1)]  # another script completes it, too
 
 
-def test_a_removed_png_is_made_again_and_an_altered_one_is_an_error_that_names_it(tmp_path, attacked):
-    generated(tmp_path / "out", 4)
-    whole = shutil.copytree(tmp_path / "out", tmp_path / "whole")
-    files = sorted((tmp_path / "out" / "images").iterdir())
+def test_a_removed_png_is_made_again_and_an_altered_or_another_image_is_an_error_that_names_it(tmp_path, attacked):
+    out, other = tmp_path / "out", shutil.copytree("eval", tmp_path / "other")
+    listed = other / "metadata.jsonl"
+    listed.write_text(listed.read_text().replace("Thing 2 ", "Another thing "))
+    generated(out, 4)
+    files, lines = sorted((out / "images").iterdir()), jsonl(out / "metadata.jsonl")
     files[1].unlink()
     attacked.clear()
-    generated(tmp_path / "out", 4)
-    assert attacked == [(1, 1)]
-    assert all(path.read_bytes() == (whole / "images" / path.name).read_bytes() for path in files)
-    for made, was in zip(*(jsonl(folder / "metadata.jsonl") for folder in (tmp_path / "out", whole))):
-        for key in ("clean_similarity", "adversarial_similarity"):  # floats of another batch size
-            assert made.pop(key) == pytest.approx(was.pop(key), abs=1e-6)
-        assert made == was
-    files[0].unlink()
-    shutil.copy(files[3], files[2])
-    line = refused(GENERATE, *SMALL, "--split", "eval", "--num_images", 4, "--output_dir", tmp_path / "out")
-    assert f"images/{files[2].name} was altered" in line and len(attacked) == 1 and not files[0].exists()
-
-
-def test_another_data_set_under_the_same_names_is_an_error_and_lines_of_other_images_stay(tmp_path, attacked):
-    generated(tmp_path / "out", 4)
-    other = shutil.copytree("eval", tmp_path / "other")
-    listed = other / "metadata.jsonl"
-    listed.write_text(listed.read_text().replace("Thing 1 ", "Another thing "))
-    words = [*SMALL, "--split", "eval", "--eval_data", other, "--output_dir", tmp_path / "out"]
-    attacked.clear()
-    assert "it holds images of another data set, such as images/000001.png" in refused(GENERATE, *words)
-    lines = jsonl(tmp_path / "out" / "metadata.jsonl")
-    (tmp_path / "out" / lines[0]["file_name"]).unlink()
-    generated(tmp_path / "out", 1, "--eval_data", other)  # its first picture is the same
-    again = jsonl(tmp_path / "out" / "metadata.jsonl")
-    assert attacked == [(1, 1)] and again[1:] == lines[1:] and again[0]["sha256"] == lines[0]["sha256"]
-
-
-def test_killed_between_png_and_metadata_it_goes_on_with_another_batch_size(tmp_path, monkeypatch):
-    generated(tmp_path / "whole", 5)
-    with monkeypatch.context() as patch:
-        stop_at(patch, common.Run, "save_part", 2)
-        words = [*SMALL, "--split", "eval", "--num_images", 5, "--batch_size", 2]
-        shell(GENERATE, *words, "--output_dir", tmp_path / "out", code=130)
-    assert len(list((tmp_path / "out" / "images").iterdir())) == 4
-    assert not (tmp_path / "out" / "metadata.jsonl").exists()
-    generated(tmp_path / "out", 5)
-    assert_equal(tmp_path / "out", tmp_path / "whole")
+    generated(out, 2, "--eval_data", other)  # its first two pictures are the same
+    again = jsonl(out / "metadata.jsonl")
+    assert attacked == [(1, 1)] and [line["sha256"] for line in again] == [line["sha256"] for line in lines]
+    assert [again[i] for i in (0, 2, 3)] == [lines[i] for i in (0, 2, 3)]
+    files[1].unlink()
+    shutil.copy(files[0], files[3])
+    for words, said in (
+        (["--eval_data", other], "it holds images of another data set, such as images/000002.png"),
+        ([], f"images/{files[3].name} was altered"),
+    ):
+        assert said in refused(GENERATE, *SMALL, "--split", "eval", *words, "--num_images", 4, "--output_dir", out)
+    assert len(attacked) == 1 and not files[1].exists()
 
 
 # Whose folder
 
 
-@pytest.mark.parametrize(
-    "script, name",
-    [(GENERATE, "metadata.jsonl"), (GENERATE, "images"), (MAT, "log.jsonl"), (PGD, "open_clip_config.json"),
-     ("eval_jpeg.py", "metrics.json"), ("evaluate.py", "rows"), ("evaluate.py", "table.md")],
-)  # fmt: skip
-def test_a_folder_with_a_name_that_the_script_writes_and_no_run_of_ours_is_refused(script, name, tmp_path):
-    for there in {name, "metrics.json"}:
-        (tmp_path / there).write_text('{"argv": []}')  # as an old version, or a stranger, left it
-        line = refused(script, "--preset", "smoke", "--output_dir", tmp_path)
-        assert f"it holds {there} and no run.json of these scripts" in line
-        (tmp_path / there).unlink()
-    (tmp_path / "run.json").write_text('{"argv": []}')
-    line = refused(script, "--preset", "smoke", "--output_dir", tmp_path)
-    assert "run.json is damaged or a stranger's" in line
+def test_a_folder_with_a_name_that_the_script_writes_and_no_run_of_ours_is_refused(tmp_path):
+    for script, names in {
+        GENERATE: ["metadata.jsonl", "metadata.csv", "images", "metrics.json"],
+        MAT: ["log.jsonl"],
+        PGD: ["open_clip_config.json"],
+        "eval_jpeg.py": ["metrics.json"],
+        "evaluate.py": ["rows", "table.md"],
+    }.items():
+        words = [script, "--preset", "smoke", "--output_dir", tmp_path]
+        for name in names:
+            (tmp_path / name).write_text('{"argv": []}')  # as an old version, or a stranger, left it
+            assert f"it holds {name} and no run.json of these scripts: choose another" in refused(*words)
+            (tmp_path / name).unlink()
+        (tmp_path / "run.json").write_text('{"argv": []}')
+        assert "run.json is damaged or a stranger's" in refused(*words)
+        (tmp_path / "run.json").unlink()
 
 
 def test_other_files_in_an_output_folder_are_left_alone(tmp_path):
     below = "mat/.log.jsonl.host.7.tmp"  # of another run, which is at it
-    for name in ("tee.log", ".DS_Store", ".metrics.json", "keep.txt", "images.txt", "notes/metrics.json", below):
+    names = "tee.log", ".metrics.json", "images.txt", "notes/metrics.json", below
+    for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-    before = snapshot(tmp_path)
     generated(tmp_path, 1)
     generated(tmp_path, 2)
-    after = snapshot(tmp_path)
-    assert all(after[path] == value for path, value in before.items() if path.is_file())
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
 
 
 # Rows of a table
 
 
-def trained(folder, seed=0):
-    """Leave what a MAT training leaves: the tiny CLIP, its weights changed a little."""
-    words = [*SMALL, "--seed", seed, "--output_dir", folder]
-    args = mat.parse_args([str(word) for word in words])
-    run, clip = mat.open_run(args), common.load_clip(args)
+def trained(folder, script=mat, **flags):
+    """Leave what a training leaves, MAT if not told otherwise: the tiny CLIP, its weights changed a little."""
+    args = script.parse_args([*map(str, SMALL), "--output_dir", str(folder)])
+    vars(args).update(flags)
+    run, clip = script.open_run(args), common.load_clip(args)
     run.identify(model=clip.digest, precision=clip.precision)
     run.begin()
     for place, weights in enumerate(clip.model.visual.parameters()):
-        weights.data *= 1 + 0.01 * np.random.default_rng([seed, place]).random()
+        weights.data *= 1 + 0.01 * np.random.default_rng([args.seed, place]).random()
     common.save_model(run.dir, clip, set())
     run.finish(clip.device, training_seconds=1.0)
 
 
-class Table:
-    """A table of the original model and MAT, of 4 images and one step."""
-
-    def __init__(self, folder):
-        self.folder, self.out, self.rows = folder, folder / "evaluation", folder / "evaluation" / "rows"
-
-    def run(self, *words, code=0):
-        """What evaluate.py prints, and the rows that it attacked."""
-        command = ["evaluate.py", *SMALL, "--attack_steps", 1, "--num_images", 4, "--qualities"]
-        printed, _ = shell(*command, "--trainings", "mat", *words, "--output_dir", self.out, code=code)
-        return printed, [line.split(":")[0] for line in printed.splitlines() if re.match(r"[^(].*: clean R@1 \d", line)]
+def measure(folder, *words, code=0):
+    """Make a table of 4 images and one step beside what a folder holds: what is printed, and the rows attacked."""
+    command = ["evaluate.py", *SMALL, "--attack_steps", 1, "--num_images", 4, "--qualities", "--trainings", "mat"]
+    printed, _ = shell(*command, *words, "--output_dir", folder / "evaluation", code=code)
+    return printed, re.findall(r"^([^(\n]+): clean R@1 \d", printed, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def whole_table(tmp_path_factory):
-    table = Table(tmp_path_factory.mktemp("table"))
-    before = table.run()
-    trained(table.folder / "mat")
-    table.made = before, table.run()
-    return table
+    """The original's row, which is completed by MAT's once there is such a training."""
+    folder = tmp_path_factory.mktemp("table")
+    printed, rows = measure(folder)
+    assert rows == ["original"] and "left out of the row MAT" in printed
+    trained(folder / "mat")
+    assert measure(folder)[1] == ["MAT"]
+    return folder
 
 
 @pytest.fixture
 def table(whole_table, tmp_path):
-    return Table(shutil.copytree(whole_table.folder, tmp_path / "table"))
+    return shutil.copytree(whole_table, tmp_path / "table")
 
 
 def test_a_further_row_alone_is_attacked_and_none_is_lost(table):
-    (table.out / "white_box" / "mine").mkdir()
-    before = metrics(table.out)
-    first, second = (other_weights(table.folder / f"{scale}.safetensors", scale) for scale in (1.01, 1.02))
+    out, before = table / "evaluation", metrics(table / "evaluation")
+    (out / "white_box" / "mine").mkdir()
+    first, second = (other_weights(table / f"{scale}.safetensors", scale) for scale in (1.01, 1.02))
     words = ["--checkpoint", f"a b={first}", "--checkpoint", f"a_b={second}"]
-    assert table.run(*words)[1] == ["a b", "a_b"]
-    after = metrics(table.out)
+    assert measure(table, *words)[1] == ["a b", "a_b"]
+    after = metrics(out)
     assert list(after["rows"]) == ["original", "MAT", "a b", "a_b"]
     for kind in ("rows", "per_image"):
         assert {name: after[kind][name] for name in before[kind]} == before[kind]
-    saved = [jsonl(file)[:4] for file in table.out.glob("white_box/*/metadata.jsonl")]
+    saved = [jsonl(file)[:4] for file in out.glob("white_box/*/metadata.jsonl")]
     saved = [[entry["similarity"] for entry in entries] for entries in saved]
     for figures in after["per_image"].values():  # those behind the figures, whatever the row's name
         assert pytest.approx(figures["white_box"]["similarity"]) in saved
     assert not any(row["note"] for row in after["rows"].values())
-    assert table.run()[1] == [] and list(metrics(table.out)["rows"]) == list(before["rows"])
+    assert measure(table)[1] == [] and list(metrics(out)["rows"]) == list(before["rows"])
     other_weights(first, 1.03)
-    assert table.run(*words[:2])[1] == ["a b"]
-    assert (table.out / "white_box" / "mine").is_dir()
+    assert measure(table, *words[:2])[1] == ["a b"]
+    assert (out / "white_box" / "mine").is_dir()
 
 
-def test_a_table_made_before_the_trainings_is_completed_by_them(whole_table):
-    (printed, measured), (_, then_measured) = whole_table.made
-    assert measured == ["original"] and "left out of the row MAT" in printed and then_measured == ["MAT"]
-
-
-def test_seeds_of_a_training_are_averaged(table):
-    trained(table.folder / "mat_seed1", 1)
-    printed, measured = table.run("--seeds", 2)
-    assert measured == ["MAT, seed 1"] and "lowest of 2 seeds" in printed
-    record = metrics(table.out)
-    row, seeds = record["rows"]["MAT"], []
-    for name in ("MAT", "MAT, seed 1"):
-        seeds.append(np.mean(record["per_image"][name]["white_box"]["similarity"]))
-        assert row["per_seed"][name]["white_box_similarity"] == pytest.approx(seeds[-1])
-    assert seeds[0] != seeds[1] and row["white_box_similarity"] == pytest.approx(np.mean(seeds))
-
-
-@pytest.mark.parametrize("commit, versions", [("bbb", None), (None, "python 3.12, torch 9")])
+@pytest.mark.parametrize("commit, versions", OTHER_CODE)
 def test_rows_trainings_and_images_of_other_code_or_versions_are_used_with_a_note(commit, versions, table, monkeypatch):
-    before = metrics(table.out)
+    before = metrics(table / "evaluation")
     made = f"by commit {before['commit']}" + (f" with {before['versions']}" if versions else "")
     other_code(monkeypatch, commit, versions)
-    printed, measured = table.run()
-    after = metrics(table.out)
+    printed, measured = measure(table)
+    after = metrics(table / "evaluation")
     assert measured == [] and after["per_image"] == before["per_image"]
-    assert re.search(r"\nMAT .*\(\*\) ", printed) and r"(\*)" in (table.out / "table.md").read_text()
+    assert re.search(r"\nMAT .*\(\*\) ", printed) and r"(\*)" in (table / "evaluation" / "table.md").read_text()
     assert after["rows"]["original"]["note"] == f"measured {made}"
-    assert after["rows"]["MAT"]["note"] == f"{table.folder}/mat was made {made}; measured {made}"
+    assert after["rows"]["MAT"]["note"] == f"{table}/mat was made {made}; measured {made}"
     printed = " ".join(printed.split())
-    assert f"transfer: {table.folder}/adversarial_eval was made {made}" in printed and "(*) MAT: " in printed
+    assert f"transfer: {table}/adversarial_eval was made {made}" in printed and "(*) MAT: " in printed
 
 
-def test_of_an_unfinished_row_the_parts_of_other_code_do_not_count(table, monkeypatch, attacked):
-    shutil.rmtree(table.rows)
-    words, calls = ["--trainings", "--batch_size", 2], []
-    for commit, versions in ((None, None), ("bbb", None), (None, "python 3.12, torch 9"), (None, None)):
-        with monkeypatch.context() as patch:
-            other_code(patch, commit, versions)
-            stop_at(patch, common, "pgd", 3)
-            table.run(*words, code=130)
+def test_of_an_unfinished_row_the_parts_of_other_code_do_not_count(table, attacked):
+    shutil.rmtree(table / "evaluation" / "rows")
+    attacked.stop, calls = 3, []
+    for commit, versions in ((None, None), *OTHER_CODE, (None, None)):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            other_code(monkeypatch, commit, versions)
+            measure(table, "--trainings", "--batch_size", 2, code=130)
         calls.append([*attacked])
         attacked.clear()
-    assert calls[0] == calls[1] == calls[2] != calls[3] and [*map(len, calls)] == [2, 2, 2, 2]
+    assert calls[0] == calls[1] == calls[2] != calls[3]
 
 
-def test_reproduce_in_one_process_trains_each_seed_on_the_images_of_the_first(tmp_path, monkeypatch):
-    few = {"train_images": 16, "val_images": 2, "epochs": 1}
-    monkeypatch.setitem(common.PRESETS, "smoke", common.PRESETS["smoke"] | few)
-    table = Table(tmp_path)
-    words = ["--reproduce", "--trainings", "pgd", "--seeds", 2]
-    printed, measured = table.run(*words)
-    assert measured == ["original", "contrastive, offline", "contrastive, offline, seed 1"]
-    args = metrics(tmp_path / "pgd_seed1")["args"]
-    assert args["seed"] == 1 and args["adversarial_dir"] == str(tmp_path / "adversarial_train")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "adversarial_eval", "adversarial_train", "evaluation", "pgd", "pgd_seed1"
-    }  # fmt: skip
-    printed, _ = table.run(*words)
-    assert printed.count("nothing to do") == 3
+def test_reproduce_trains_each_seed_on_the_images_of_the_first_and_averages_the_seeds(tmp_path, monkeypatch):
+    """A training is stood in for by its flags and what it leaves."""
+    seen = []
 
+    def train(args):
+        seen.append(args)
+        if not Path(args.output_dir).exists():
+            trained(args.output_dir, pgd, **vars(args))
 
-def test_no_second_file_of_captions_is_written_beside_own_pictures(tmp_path):
-    (tmp_path / "metadata.csv").write_text("file_name,caption\npicture.png,A ring.\n")
-    line = refused(GENERATE, *SMALL, "--num_images", 1, "--output_dir", tmp_path)
-    assert "it holds metadata.csv and no run.json of these scripts: choose another --output_dir" in line
+    monkeypatch.setattr(pgd, "main", train)
+    words, names = ["--reproduce", "--trainings", "pgd", "--seeds", 2], [OFFLINE, f"{OFFLINE}, seed 1"]
+    printed, measured = measure(tmp_path, *words)
+    assert measured == ["original", *names] and "lowest of 2 seeds" in printed
+    assert [Path(args.output_dir).name for args in seen] == ["pgd", "pgd_seed1"]
+    given = [(args.seed, args.adversarial_dir) for args in seen]
+    assert given == [(0, None), (1, str(tmp_path / "adversarial_train"))]
+    record = metrics(tmp_path / "evaluation")
+    means = [np.mean(record["per_image"][name]["white_box"]["similarity"]) for name in names]
+    row = record["rows"][OFFLINE]
+    assert [row["per_seed"][name]["white_box_similarity"] for name in names] == pytest.approx(means)
+    assert means[0] != means[1] and row["white_box_similarity"] == pytest.approx(np.mean(means))
+    assert "nothing to do" in measure(tmp_path, *words)[0]
 
 
 @pytest.mark.parametrize("name, scale", [("text_projection", 1e38), ("visual.ln_post.weight", 1e38)])
@@ -465,9 +403,12 @@ def test_adversarial_images_that_do_not_fit_are_one_line_whose_remedy_works(tmp_
     for words, said in (
         (["--num_images", 3], "it has 2 of the 3 images"),
         (["--num_images", 2, "--eps", "4/255"], "it has --eps 8/255, not 4/255"),
+        (["--num_images", 2, *OTHER_WEIGHTS, other_weights(tmp_path / "x.safetensors")], "it has another model"),
         (["--num_images", 2, "--eval_data", "train"], "another data set, such as images/000000.png"),
     ):
         line = refused(*jpeg, *words, "--adversarial_dir", tmp_path / "images")
         assert line.endswith(f"{said}: leave the flag out to have the images made")
     shell(*jpeg, *words)
     assert metrics(tmp_path / "out" / "jpeg")["n"] == 2
+    generated(tmp_path / "seed1", 2, "--seed", 1, "--eval_data", "train")
+    assert "(another transferred images)" in refused(*jpeg, *words, "--adversarial_dir", tmp_path / "seed1")

@@ -27,14 +27,13 @@ TRAININGS = ["mat", "pgd", "online"]
 
 def commands(folder):
     """Every script into one folder."""
-    words = [*SMALL, "--num_images", EVAL, "--attack_steps", 1, "--output_dir"]
+    table = ["evaluate.py", *SMALL, "--num_images", EVAL, "--attack_steps", 1, "--trainings", "--qualities"]
     return [
         [*GENERATE, folder / "adversarial_eval"],
         ["defend_clip_mat_v2.py", *TRAINING, folder / "mat"],
         ["defend_clip_pgd_v2.py", *TRAINING, folder / "pgd"],
         ["defend_clip_pgd_v2.py", *TRAINING, folder / "online", "--online_steps", 1],
-        ["eval_jpeg.py", "--qualities", 50, *words, folder / "jpeg"],
-        ["evaluate.py", "--trainings", "--qualities", *words, folder / "evaluation"],
+        [*table, "--output_dir", folder / "evaluation"],
     ]
 
 
@@ -82,12 +81,12 @@ def two(here, one):
     return here / "two", ends
 
 
-def test_two_processes_make_the_same_adversarial_images_in_the_same_order(one, two):
-    assert_equal(one / "adversarial_eval", two[0] / "adversarial_eval")
-    assert [metrics(folder / "adversarial_eval")["processes"] for folder in (one, two[0])] == [1, 2]
-    lines = [jsonl(folder / "adversarial_train" / "metadata.jsonl") for folder in (one, two[0])]
-    for key in ("file_name", "sha256", "linf"):  # figures of batches of another size have other last digits
-        assert [line[key] for line in lines[0]] == [line[key] for line in lines[1]]
+def test_two_processes_make_the_same_images_and_table_and_one_prints(one, two):
+    folder, ((_, out, err), (_, silent, errors)) = two
+    for stage in ("adversarial_eval", "evaluation"):
+        assert_equal(one / stage, folder / stage)
+        assert [metrics(each / stage)["processes"] for each in (one, folder)] == [1, 2]
+    assert "white-box: momentum PGD" in out and silent == "" and err == errors == []
 
 
 def assert_trained_alike(ours, theirs):
@@ -112,16 +111,6 @@ def test_two_processes_train_like_one(stage, one, two):
     for ours, theirs in zip(records[0]["epochs"], records[1]["epochs"], strict=True):
         assert ours["val_white_box"] == pytest.approx(theirs["val_white_box"], abs=2e-3)
     assert_trained_alike(*folders)
-
-
-def test_two_processes_print_the_same_table_and_per_image_figures(one, two):
-    assert_equal(one / "evaluation", two[0] / "evaluation")
-    assert_equal(one / "jpeg", two[0] / "jpeg")
-
-
-def test_only_rank_0_prints(two):
-    (_, out, err), (_, silent, errors) = two[1]
-    assert "white-box: momentum PGD" in out and silent == "" and err == errors == []
 
 
 def test_an_unfinished_run_goes_on_with_another_number_of_processes(one, tmp_path):

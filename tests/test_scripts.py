@@ -1,17 +1,14 @@
 """Every script through the shell in small: what it writes, and that the tools that are said to open it do."""
 
-import importlib
 import io
 import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
-import tarfile
 import zipfile
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -21,7 +18,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import EVAL, ROOT, TINY, TRAIN, VALIDATION, jsonl, metrics, shell
+from conftest import EVAL, ROOT, SCRIPTS, TINY, TRAIN, VALIDATION, fork, join, jsonl, metrics, shell, snapshot
 from PIL import Image
 
 import common
@@ -49,62 +46,56 @@ def test_reproduce_runs_the_stages_and_ends_with_the_table(report):
     stages = ["adversarial_eval: ", "mat\n", "pgd\n", "adversarial_train: ", "online\n", "evaluation: table.md"]
     places = [printed.index(f"{folder / stage}") for stage in stages]
     assert places == sorted(places)
-    rows = metrics(folder / "evaluation")["rows"]
-    assert list(rows) == ROWS and all(name in printed for name in rows)
+    record = metrics(folder / "evaluation")
+    assert list(record["rows"]) == ROWS and all(name in printed for name in ROWS)
     assert max(map(len, table_of(printed))) <= 80
+    original = record["rows"]["original"]
+    assert original["not_converged"] and f"<={original['white_box_similarity']:.3f}" in printed  # so few steps are
+    assert (folder / "evaluation" / "table.md").read_text() == evaluate.markdown_table(record)
 
 
 def test_online_training_starts_its_attack_from_noise_around_the_images(monkeypatch, tmp_path):
-    seen = []
-
     def spy(loss_fn, images, attack, start):
-        seen.append((start - images) / attack.eps)
-        raise InterruptedError
+        raise InterruptedError((start - images) / attack.eps)
 
     monkeypatch.setattr(defend_clip_pgd_v2, "pgd", spy)
-    words = ["--preset", "smoke", "--online_steps", "2", "--output_dir", str(tmp_path)]
-    with pytest.raises(InterruptedError):
+    words = ["--preset", "smoke", "--num_images", "16", "--online_steps", "2", "--output_dir", str(tmp_path)]
+    with pytest.raises(InterruptedError) as met:
         defend_clip_pgd_v2.main(defend_clip_pgd_v2.parse_args(words))
-    (noise,) = seen
+    (noise,) = met.value.args
     assert noise.abs().max() <= 1 + 1e-5
     assert noise.std() == pytest.approx(3**-0.5, abs=0.01) and noise.mean() == pytest.approx(0, abs=0.01)
 
 
 def test_the_attack_breaks_the_model_and_the_table_adds_up(report):
     record = metrics(report[0] / "evaluation")
-    original = record["rows"]["original"]
+    rows, original = record["rows"], record["rows"]["original"]
     assert original["clean_similarity"] - 0.4 > original["transfer_similarity"] > original["white_box_similarity"]
     assert original["clean_recall_i2t@1"] > 0.85 and original["white_box_recall_i2t@1"] < 0.3
     made = metrics(report[0] / "adversarial_eval")
     assert original["transfer_similarity"] == pytest.approx(made["adversarial_similarity"], abs=1e-6)
-    for name, row in record["rows"].items():
-        per_image = record["per_image"][name]
-        for kind in ("clean", "transfer", "white_box"):
-            values = per_image[kind]["similarity"]
-            assert row[f"{kind}_similarity"] == pytest.approx(np.mean(values))
-            assert row[f"{kind}_interval"][0] <= np.mean(values) <= row[f"{kind}_interval"][1]
-            assert row[f"{kind}_recall_i2t@1"] == np.mean([rank == 0 for rank in per_image[kind]["rank_i2t"]])
+    for name, row in rows.items():
+        for kind, values in record["per_image"][name].items():
+            mean = np.mean(values["similarity"])
+            assert row[f"{kind}_similarity"] == pytest.approx(mean)
+            assert row[f"{kind}_interval"][0] <= mean <= row[f"{kind}_interval"][1]
+            assert row[f"{kind}_recall_i2t@1"] == np.mean([rank == 0 for rank in values["rank_i2t"]])
         assert row["white_box_drop"] == pytest.approx(1 - row["white_box_similarity"] / row["clean_similarity"])
         if name != "original":
-            lost, lost_0 = (r["clean_similarity"] - r["transfer_similarity"] for r in (row, original))
+            lost, lost_0 = (each["clean_similarity"] - each["transfer_similarity"] for each in (row, original))
             assert row["improvement"] == pytest.approx(1 - lost / lost_0)
-        assert record["health"][name] == {
-            "zero_gradient": 0, "nonfinite": 0, "vanishing_gradient": 0, "max_abs_delta_grey_levels": 8,
-        }  # fmt: skip
-    assert record["rows"]["JPEG 50"]["white_box_similarity"] < record["rows"]["JPEG 50"]["transfer_similarity"]
+        health = {"zero_gradient": 0, "nonfinite": 0, "vanishing_gradient": 0, "max_abs_delta_grey_levels": 8}
+        assert record["health"][name] == health
+    assert rows["JPEG 50"]["white_box_similarity"] < rows["JPEG 50"]["transfer_similarity"]
 
 
-def test_a_finished_run_is_left_alone_and_shown_again_and_another_one_is_refused(report):
+def test_a_finished_run_is_left_alone_and_shown_again(report):
     folder, printed, command = report
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    before = snapshot(folder)
     again, _ = shell(command[0], *command[2:], "--num_workers", 3)  # without --reproduce, and what changes no figure
     assert "nothing to do" in again and table_of(again) == table_of(printed)
-    training = ["defend_clip_mat_v2.py", "--preset", "smoke", "--steps", args_of(folder / "mat").steps]
-    training += ["--output_dir", folder / "mat"]
-    assert "nothing to do" in shell(*training)[0]
-    said = shell(*training, "--lr", 0.5, code=2)[1]
-    assert "--lr 0.0004, not 0.5" in said and "remove that folder, or choose another" in said and said.count("\n") == 1
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    training = ["--preset", "smoke", "--steps", args_of(folder / "mat").steps, "--output_dir", folder / "mat"]
+    assert "nothing to do" in shell("defend_clip_mat_v2.py", *training)[0] and snapshot(folder) == before
 
 
 def test_adversarial_images_are_an_imagefolder_in_the_ball_around_what_open_clip_makes_of_the_photographs(
@@ -138,7 +129,7 @@ def test_training_on_attacked_images_helps_and_its_validation_figures_are_what_t
     """A defence that never saw an attack, or a validation that does not attack, would pass all else."""
     folder = report[0]
     rows = metrics(folder / "evaluation")["rows"]
-    # of six steps; on clean images they would gain 0.004
+    # six steps on the bundled CLIP gain 0.067, too little for 0.1; on clean images they would gain 0.004
     assert rows["contrastive, offline"]["transfer_similarity"] > rows["original"]["transfer_similarity"] + 0.05
     assert rows["features, online"]["white_box_similarity"] > rows["original"]["white_box_similarity"] + 0.1
     for stage in TRAININGS:
@@ -188,39 +179,6 @@ def test_trainings_open_in_open_clip_alone_and_only_the_visual_tower_moved(repor
         assert moved and all(key.startswith("visual.") for key in moved)
 
 
-def test_clip_benchmark_finds_the_recalls_of_the_table(report, tmp_path, monkeypatch):
-    """LAION's, on the attacked images, which are each other's gallery there."""
-    (tmp_path / "test").mkdir()
-    (tmp_path / "dataset_type.txt").write_text("retrieval")
-    (tmp_path / "test" / "nshards.txt").write_text("1")
-    folder = report[0] / "adversarial_eval"
-    with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
-        for entry in jsonl(folder / "metadata.jsonl"):
-            image, caption = (folder / entry["file_name"]).read_bytes(), entry["caption"].encode()
-            for suffix, data in (("png", image), ("txt", caption)):
-                member = tarfile.TarInfo(f"{Path(entry['file_name']).stem}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    command = ["clip_benchmark", "eval", "--dataset", "wds/scenes", "--dataset_root", tmp_path]
-    command += ["--model", f"local-dir:{report[0] / 'pgd'}", "--pretrained", "none"]
-    command += ["--task", "zeroshot_retrieval", "--recall_k", 1, 3]
-    command += ["--no_amp", "--num_workers", 0, "--output", tmp_path / "result.json"]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    importlib.import_module("clip_benchmark.cli").main()
-    recalls = json.loads((tmp_path / "result.json").read_text())["metrics"]
-    args = args_of(report[0] / "evaluation")
-    spec = evaluate.Spec("x", f"local-dir:{report[0] / 'pgd'}")
-    row = evaluate.load_row(args, "x", spec, evaluate.load_evaluation(args))
-    scored = evaluate.score(row, row.transfer, 0)
-    ours = metrics(report[0] / "evaluation")["per_image"]["contrastive, offline"]["transfer"]
-    assert scored["rank_i2t"].tolist() == ours["rank_i2t"]
-    assert 0 < (scored["rank_i2t"] < 1).mean() < 1
-    for theirs, direction in {"text_retrieval_recall": "i2t", "image_retrieval_recall": "t2i"}.items():
-        for k in (1, 3):
-            expected = (scored[f"rank_{direction}"] < k).mean()
-            assert recalls[f"{theirs}@{k}"] == pytest.approx(expected, abs=1e-6)
-
-
 def test_metrics_say_how_a_run_was_made_and_hold_the_figures_of_each_image(report):
     for stage in ["adversarial_train", "adversarial_eval", *TRAININGS, "evaluation"]:
         text = (report[0] / stage / "metrics.json").read_text()
@@ -234,18 +192,13 @@ def test_metrics_say_how_a_run_was_made_and_hold_the_figures_of_each_image(repor
         assert {len(values) for scored in conditions.values() for values in scored.values()} == {EVAL}
 
 
-@pytest.mark.parametrize("comparable", [False, True])
-def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, report):
+def test_the_table_is_github_flavoured_markdown_whatever_the_names_with_the_reports_figures_beside_ours(report):
     text = (report[0] / "evaluation" / "metrics.json").read_text().replace('"MAT"', json.dumps(ODD))
     record = json.loads(text)
-    if comparable:  # then the report's figures stand beside ours
-        record["args"] |= {key: vars(evaluate.parse_args([]))[key] for key in ("model", "pretrained", "eval_data")}
-        record["args"]["steps"] = 20
-        for other in ({"eps": 4 / 255}, {"alpha": 1 / 255}, {"steps": 9}, {"pretrained": "laion"}):
-            assert not evaluate.report_of({"args": record["args"] | other})
-    else:
-        written = (report[0] / "evaluation" / "table.md").read_text()
-        assert evaluate.markdown_table(metrics(report[0] / "evaluation")) == written
+    assert not evaluate.report_of(record)
+    record["args"] |= {key: vars(evaluate.parse_args([]))[key] for key in ("model", "pretrained", "eval_data", "steps")}
+    for other in ({"eps": 4 / 255}, {"alpha": 1 / 255}, {"steps": 9}, {"pretrained": "laion"}):
+        assert not evaluate.report_of({"args": record["args"] | other})
     for row in record["rows"]:
         result = "FAIL" if row == ODD else "NOT CONVERGED"
         record["sanity"][row] = {"checks": [["it holds", result, "1 | 2"], ["it holds", "PASS", "3"]]}
@@ -257,18 +210,16 @@ def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, r
         [["".join(cell.itertext()) for cell in row] for row in each.iter("tr")] for each in page.iter("table")
     )
     header, *cells = table
-    assert len(header) == (12 if comparable else 9) and len(more[0]) == 6
+    assert len(header) == 12 and len(more[0]) == 6
     for lines in (cells, more[1:]):
         assert [name.removesuffix(" (!)").split(" (the")[0] for name, *_ in lines] == list(record["rows"])
-    for row, name in zip(cells, record["rows"]):
-        figures = record["rows"][name]
+    for row, (name, figures) in zip(cells, record["rows"].items()):
         assert len(row) == len(header) and row[0].endswith("(!)") == (name == ODD)
         assert row[8] == evaluate.duration(figures["training_seconds"])
-        for place, key, form in ((5, "similarity", ".3f"), (6, "recall_i2t@1", ".0%")):
-            marked = figures["not_converged"] if place == 5 else figures["recall_not_converged"]
-            assert row[place].startswith(f"{'<= ' * marked}{figures[f'white_box_{key}']:{form}} [")
-    assert record["rows"]["original"]["not_converged"]  # so few steps are
-    assert (cells[0][9:] == ["0.2513", "-0.1783", "-"]) == comparable
+        cosine, recall = figures["white_box_similarity"], figures["white_box_recall_i2t@1"]
+        assert row[5].startswith(f"{'<= ' * figures['not_converged']}{cosine:.3f} [")
+        assert row[6].startswith(f"{'<= ' * figures['recall_not_converged']}{recall:.0%} [")
+    assert cells[0][9:] == ["0.2513", "-0.1783", "-"]
     notes = ["".join(part.itertext()) for part in page[2:7]]
     assert f"original ~ {ODD}" in notes[0] and "original 0." in notes[1] and "features, online 0 of" in notes[2]
     assert "one seed" in notes[3] and notes[4].startswith("(!): ")  # what marks a row is explained
@@ -277,16 +228,17 @@ def test_the_table_is_github_flavoured_markdown_whatever_the_names(comparable, r
 
 
 def test_the_reports_training_command_makes_the_images_it_lacks_and_stops_where_it_is_told_to(tmp_path):
-    command = ["defend_clip_pgd_v2.py", "--batch_size", 16, "--lr", 1e-5, "--epochs", 3]
-    command += [*SMALL, "--num_images", 32, "--val_images", 1]
-    stops = {"max_steps": (2, [0.1, "--max_steps", 2]), "loss_threshold": (3, [90, "--loss_window", 3])}
-    for reason, (steps, words) in stops.items():
-        printed, _ = shell(*command, "--output_dir", tmp_path / reason, "--loss_threshold", *words)
-        made = f"{tmp_path / 'adversarial_train'}: 32 images" in printed
+    command = ["defend_clip_pgd_v2.py", "--batch_size", 16, "--lr", 1e-5, "--epochs", 3, *SMALL]
+    command += ["--num_images", 16, "--val_images", 1, "--loss_threshold"]
+    for reason, steps, last_step, words in (
+        ("max_steps", 1, 1, [0.1, "--max_steps", 1]),
+        ("loss_threshold", 2, 3, [90, "--loss_window", 2]),  # the rate would end at 0 after step 3
+    ):
+        printed, _ = shell(*command, *words, "--output_dir", tmp_path / reason)
+        made = f"{tmp_path / 'adversarial_train'}: 16 images" in printed
         assert made == (reason == "max_steps")  # the second has the images of the first
         record = metrics(tmp_path / reason)
         assert (record["stopped_by"], record["steps"]) == (reason, steps)
-        last_step = 2 if reason == "max_steps" else 6  # where the rate would end at 0
         rates = [entry["lr"] for entry in jsonl(tmp_path / reason / "log.jsonl")]
         assert rates == pytest.approx(1e-5 * (1 - np.arange(steps) / last_step))
 
@@ -298,15 +250,6 @@ def test_a_model_remembers_what_the_weights_that_it_started_from_were_trained_on
     args = args_of(report[0] / "mat")
     before, after = (common.load_clip(args, name).trained_on for name in (before, f"local-dir:{tmp_path / 'mat'}"))
     assert before == after and len(after) == 2 * (TRAIN + VALIDATION)  # ids and pixels
-
-
-def test_another_seed_attacks_from_other_noise(tmp_path):
-    made = set()
-    for seed in (0, 1):
-        words = ["--split", "eval", "--num_images", 2, "--seed", seed, "--output_dir", tmp_path / str(seed)]
-        shell("generate_pgd_adversarial.py", *SMALL, *words)
-        made |= {entry["sha256"] for entry in jsonl(tmp_path / str(seed) / "metadata.jsonl")}
-    assert len(made) == 4
 
 
 def test_eval_jpeg_gives_the_three_conditions_as_the_table_does(report, tmp_path):
@@ -322,49 +265,35 @@ def test_eval_jpeg_gives_the_three_conditions_as_the_table_does(report, tmp_path
     assert np.less(found["adaptive"], found["transfer"]).all()
 
 
+@contextmanager
+def another_checkout(folder):
+    """Let this process, a forked one, run the scripts of another folder in what a notebook and torchrun leave."""
+    for name in [*sys.modules]:
+        if name in (*SCRIPTS, "common") or name.startswith("matplotlib"):
+            del sys.modules[name]
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    os.environ |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "RANK": "3", "WORLD_SIZE": "8"}
+    yield
+
+
 def test_a_copy_of_the_checkout_elsewhere_makes_nothing_again(report, tmp_path):
-    """What a notebook and a launcher leave in the environment changes nothing."""
-    left = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "RANK": "3", "WORLD_SIZE": "8"}
-    for name in [*(path.name for path in ROOT.glob("*.py")), "tests/tiny"]:
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    shutil.copytree(TINY, tmp_path / "tests" / "tiny")
     folder, printed, command = report
     shutil.copytree(folder / "evaluation", tmp_path / "evaluation")
-    for stage in ("adversarial_eval", "mat"):
+    for stage in ("adversarial_eval", *TRAININGS):
         (tmp_path / stage).symlink_to(folder / stage)
-    words = [sys.executable, *map(str, command), "--output_dir", "evaluation", "--trainings", "mat", "--qualities"]
-    done = subprocess.run(words, cwd=tmp_path, env=os.environ | left, capture_output=True, text=True)
-    assert done.returncode == 0 and {*table_of(printed)[:6]} <= {*table_of(done.stdout)}, done.stdout + done.stderr
-    rows, others = ({file.name for file in each.glob("evaluation/rows/*")} for each in (tmp_path, folder))
-    assert "nothing to do" in done.stdout and len(rows) == len(ROWS) and rows == others
-
-
-@pytest.mark.parametrize("text", ["0.00392", "0.99/255"])
-def test_a_radius_that_allows_no_grey_level_is_refused(text):
-    assert "less than one grey level" in shell("generate_pgd_adversarial.py", "--eps", text, code=2)[1]
-    assert "less than one grey level" in shell("evaluate.py", "--radii", "8/255", text, code=2)[1]
+    words = [tmp_path / command[0], *command[2:], "--output_dir", "evaluation"]
+    child = fork(tmp_path / "log", words, prepare=partial(another_checkout, tmp_path), figures=True)
+    code, out, lines = join(child, tmp_path / "log")
+    assert (code, lines) == (0, []), out
+    assert "nothing to do" in out and table_of(out) == table_of(printed)
 
 
 def test_a_planted_fault_that_hangs_the_tests_is_noticed_by_the_time_limit(tmp_path):
     (tmp_path / "test_hanging.py").write_text("import time\n\ndef test_it():\n    time.sleep(600)\n")
     first_failure = runpy.run_path(str(ROOT / "tests" / "bench" / "faults.py"))["first_failure"]
-    first_failure.__globals__["TIME_LIMIT"] = 2
+    first_failure.__globals__["TIME_LIMIT"] = 0.5
     assert first_failure(tmp_path, ["-p", "no:xdist"]).startswith("the time limit")
-
-
-@pytest.mark.parametrize("words", [["defend_clip_mat_v2.py"], ["defend_clip_pgd_v2.py", "--online_steps", 1]])
-def test_gradients_are_clipped_to_norm_1(words, tmp_path, monkeypatch):
-    norms, clip = [], torch.nn.utils.clip_grad_norm_
-
-    def spy(parameters, *limit):
-        parameters = [*parameters]
-        assert limit == (1.0,)
-        before = clip(parameters, *limit)
-        after = torch.stack([each.grad.norm() for each in parameters if each.grad is not None]).norm()
-        norms.append((before.item(), after.item()))
-        return before
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    words += ["--preset", "smoke", "--num_images", 16, "--val_images", 2, "--batch_size", 8, "--max_steps", 2]
-    shell(*words, "--steps", 1, "--output_dir", tmp_path / "run")
-    assert len(norms) == 2 and (max(norms)[0] > 1 or "mat" in words[0])
-    assert all(after == pytest.approx(min(before, 1), rel=1e-3) for before, after in norms)

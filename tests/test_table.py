@@ -19,11 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, jsonl, metrics, pictures, shell
+from conftest import ROOT, TINY, jsonl, metrics, other_weights, pictures, shell, snapshot
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import common
 import evaluate
@@ -52,20 +51,8 @@ def own_pictures(folder, scenes, captions):
     return ["--eval_data", folder]
 
 
-def files(folder):
-    """What lies in a folder and below, {path: bytes}."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def no_attack(*_, **__):
     raise AssertionError("an image was attacked")
-
-
-def other_weights(file, scale):
-    """Write the tiny CLIP with a changed visual tower; returns the file."""
-    state = load_file(TINY / "clip" / "open_clip_model.safetensors")
-    save_file({key: value * scale if "visual" in key else value for key, value in state.items()}, file)
-    return file
 
 
 # Captions and chance
@@ -132,22 +119,13 @@ def test_ranks_are_those_of_the_plain_way_with_no_equal_caption_as_a_wrong_answe
             assert len(others) == (6 if i in (2, 5) and kind == "evaluation" else 7 if i in (2, 3, 4, 5) else 8)
 
 
-ALONE = {  # captions of three pictures -> the first picture that has no other caption to lose to
-    "all are equal": (["a star", "A star", "a star"], "0.jpg"),
-    "all are equal once they are cut": ([f"{LONG} {i}" for i in range(3)], "0.jpg"),
-    "all are right for one picture": (["a star", ["a ring", "a star", "a dot"], ["a star", "a dot"]], "1.jpg"),
-}
-
-
-@pytest.mark.parametrize("why", ALONE)
-def test_an_image_without_another_caption_to_lose_to_is_named_before_the_first_attack(
-    why, tmp_path, scenes, monkeypatch
-):
-    captions, name = ALONE[why]
-    data = own_pictures(tmp_path / "mine", scenes, captions)
-    monkeypatch.setattr(common, "pgd", no_attack)
-    words = [*TABLE, *data, "--reproduce", "--output_dir", tmp_path / "out" / "table"]
-    _, line = shell(*words, "--num_images", 3, code=2)
+@pytest.mark.parametrize(("captions", "name"), [
+    ([f"{LONG} {i}" for i in range(3)], "0.jpg"),  # all are equal once they are cut
+    (["a star", ["a ring", "A star", "a dot"], ["a star", "a dot"]], "1.jpg"),  # all are right for one picture
+])  # fmt: skip
+def test_an_image_without_another_caption_to_lose_to_is_named_before_the_first_attack(captions, name, tmp_path, scenes):
+    words = [*TABLE, *own_pictures(tmp_path / "mine", scenes, captions), "--num_images", 3, "--reproduce"]
+    _, line = shell(*words, "--output_dir", tmp_path / "out" / "table", code=2)
     assert f"{name} has no other caption to lose to" in line and line.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -182,10 +160,7 @@ def test_a_row_that_is_not_above_chance_is_marked_and_has_no_improvement(at_chan
     if at_chance == "original":
         words += ["--pretrained", "random", "--seed", 1]
     else:
-        state = load_file(TINY / "clip" / "open_clip_model.safetensors")
-        state = {key: torch.randn_like(value) if "visual" in key else value for key, value in state.items()}
-        save_file(state, tmp_path / "x.safetensors")
-        words += ["--checkpoint", f"x={tmp_path / 'x.safetensors'}"]
+        words += ["--checkpoint", f"x={other_weights(tmp_path / 'x.safetensors', scale=-5)}"]
     printed, _ = shell(*words)
     record, blind = metrics(tmp_path / "table"), [at_chance] if at_chance == "x" else ["original", "JPEG 50"]
     for name, row in record["rows"].items():
@@ -245,18 +220,18 @@ def trained(tmp_path_factory):
     return folder
 
 
-OTHERS = {"online": "--online_steps 1, not 2", "pgd": "--loss features, not contrastive; --online_steps 1, not 0"}
-OTHERS |= {"mat": "script defend_clip_pgd_v2.py, not defend_clip_mat_v2.py"}
-
-
-@pytest.mark.parametrize("row", OTHERS)
-def test_a_training_of_another_script_loss_or_attack_is_no_row_of_the_table(row, trained, tmp_path):
-    folder = shutil.copytree(trained, tmp_path / "copy")
-    (folder / "online").rename(folder / row)
-    before = files(folder)
-    _, line = shell(*TABLE, "--trainings", row, "--output_dir", folder / "evaluation", code=2)
-    assert f"{folder / row} is no training of this row: {OTHERS[row]}" in line and line.count("\n") == 1
-    assert "remove that folder, or choose another --output_dir" in line and files(folder) == before
+def test_a_training_of_another_script_loss_or_attack_is_no_row_of_the_table(trained, tmp_path):
+    folder, made = shutil.copytree(trained, tmp_path / "copy"), "online"
+    for row, said in {
+        "online": "--online_steps 1, not 2",
+        "pgd": "--loss features, not contrastive; --online_steps 1, not 0",
+        "mat": "script defend_clip_pgd_v2.py, not defend_clip_mat_v2.py",
+    }.items():
+        (folder / made).rename(folder / row)
+        before, made = snapshot(folder), row
+        _, line = shell(*TABLE, "--trainings", row, "--output_dir", folder / "evaluation", code=2)
+        assert f"{folder / row} is no training of this row: {said}" in line and line.count("\n") == 1
+        assert "remove that folder, or choose another --output_dir" in line and snapshot(folder) == before
 
 
 CHANGED = {"lr": 1e-3, "epochs": 3, "max_steps": 4, "batch_size": 4, "weight_decay": 0.2, "num_images": 8}
@@ -288,89 +263,61 @@ def test_a_copied_training_is_another_run_in_a_folder_of_its_own_name(tmp_path, 
         shutil.copy(file, tmp_path)
     changed = Path("defend_clip_mat_v2.py").read_text().replace("NOISE_SIGMA = 15", "NOISE_SIGMA = 25")
     Path("defend_clip_mine.py").write_text(changed)
-    runs, words = tmp_path / "runs" / "smoke", [*SMALL, *TRAINING, "--max_steps", 1]
-    shell(tmp_path / "defend_clip_mat_v2.py", *words)
-    before = files(runs / "mat")
-    shell(tmp_path / "defend_clip_mine.py", *words)
-    assert {record.parent.name for record in runs.glob("*/metrics.json")} == {"mat", "defend_clip_mine"}
-    assert jsonl(runs / "mat" / "log.jsonl") != jsonl(runs / "defend_clip_mine" / "log.jsonl")
+    words = [*SMALL, *TRAINING, "--max_steps", 1]
+    for script, name in (("defend_clip_mat_v2.py", "mat"), ("defend_clip_mine.py", "defend_clip_mine")):
+        shell(tmp_path / script, *words)
+        assert metrics(Path("runs/smoke") / name)["script"] == script
+    before = snapshot(tmp_path / "runs")
     _, line = shell(tmp_path / "defend_clip_mine.py", *words, "--output_dir", "runs/smoke/mat", code=2)
     assert "defend_clip_mat_v2.py" in line and "choose another --output_dir" in line
-    assert files(runs / "mat") == before
+    assert snapshot(tmp_path / "runs") == before
 
 
 # What is refused before anything is made, and what is needed
 
 
-MISTAKES = {
-    "a model that is no row": (["--defence", "pdg+jpeg50"], "there is no 'pdg'"),
-    "a step that is no JPEG": (["--defence", "original+blur2"], "--defence original+blur2: "),
-    "a name that is taken": (["--checkpoint", f"MAT={TINY / 'clip' / 'open_clip_model.safetensors'}"], "MAT"),
-    "another training": (["--trainings", "mat", "pgd"], "loss"),  # the second is there, with another one
-    "other adversarial images": (["--steps", 2], "--steps 1, not 2"),
-    "a stranger's folder": ([], "metrics.json"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_reproduce_names_a_mistake_before_anything_is_made(mistake, trained, tmp_path, monkeypatch):
-    words, said = MISTAKES[mistake]
-    if mistake == "another training":
-        shutil.copytree(trained / "online", tmp_path / "pgd")
-    if mistake == "other adversarial images":
-        shutil.copytree(trained / "adversarial_eval", tmp_path / "adversarial_eval")
-    if mistake == "a stranger's folder":
-        (tmp_path / "evaluation").mkdir()
-        (tmp_path / "evaluation" / "metrics.json").write_text('{"accuracy": 1}')
-    before = files(tmp_path)
+def test_reproduce_names_a_mistake_before_anything_is_made(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "pgd", no_attack)
-    _, line = shell(*TABLE, "--reproduce", *words, "--output_dir", tmp_path / "evaluation", code=2)
-    assert said in line and "NoneType" not in line and line.count("\n") == 1
-    assert files(tmp_path) == before
-
-
-def test_reproduce_attacks_no_training_images_where_no_training_wants_them(tmp_path, monkeypatch):
-    few = {"train_images": 16, "val_images": 2, "epochs": 1}
-    monkeypatch.setitem(common.PRESETS, "smoke", common.PRESETS["smoke"] | few)
-    shell(*TABLE, "--reproduce", "--trainings", "mat", "--output_dir", tmp_path / "evaluation")
-    assert list(metrics(tmp_path / "evaluation")["rows"]) == ["original", "MAT"]
-    assert not (tmp_path / "adversarial_train").exists()
+    shutil.copytree(trained / "online", tmp_path / "there" / "pgd")
+    shutil.copytree(trained / "adversarial_eval", tmp_path / "there" / "adversarial_eval")
+    (tmp_path / "strange" / "evaluation").mkdir(parents=True)
+    (tmp_path / "strange" / "evaluation" / "metrics.json").write_text('{"accuracy": 1}')
+    before = snapshot(tmp_path)
+    for folder, words, said in (
+        ("new", ["--checkpoint", f"MAT={TINY / 'clip' / 'open_clip_model.safetensors'}"], "MAT"),  # a taken name
+        ("there", ["--trainings", "mat", "pgd"], "--loss features, not contrastive"),
+        ("there", ["--trainings", "--steps", 2], "--steps 1, not 2"),
+        ("strange", [], "metrics.json"),
+    ):
+        _, line = shell(*TABLE, "--reproduce", *words, "--output_dir", tmp_path / folder / "evaluation", code=2)
+        assert said in line and line.count("\n") == 1 and snapshot(tmp_path) == before
 
 
 # What makes two runs the same, and what a folder keeps
 
 
-def test_of_two_runs_into_one_folder_in_the_same_instant_one_says_that_the_other_is_writing(
-    tmp_path, monkeypatch
-):
-    """The other one takes the folder's lock, and writes, while this one looks for the lock or writes a first file."""
-    folder, replace_file, flock, other = tmp_path / "out", os.replace, fcntl.flock, []
-
-    def start_other(temporary=None, target=None):
-        if not other:
-            other.append(os.open(folder, os.O_RDONLY))
-            flock(other[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if temporary:  # its own has another name if this one has the number of the process
-                theirs = str(temporary).replace(str(os.getpid()), "other")
-                Path(theirs).touch()
-                replace_file(theirs, target)
-
-    def replace_second(temporary, target):
-        if Path(target).parent == folder:
-            start_other(temporary, target)
-        replace_file(temporary, target)
+def test_of_two_runs_into_one_folder_in_the_same_instant_one_says_that_the_other_is_writing(tmp_path, monkeypatch):
+    """The other one takes the folder's lock, and is done with it or writes, just before this one looks for it."""
+    folder, whole, flock, other = tmp_path / "out", tmp_path / "whole", fcntl.flock, []
+    command = [*GENERATE, "--num_images", 2, "--output_dir"]
+    shell(*command, whole)
 
     def flock_second(file, how):
-        if os.path.samestat(os.fstat(file), os.stat(folder)):
-            start_other()
+        if not other:
+            other.append(os.open(folder, os.O_RDONLY))
+            flock(other[0], fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if ended:
+                shutil.copytree(whole, folder, dirs_exist_ok=True)
+                os.close(other[0])
         flock(file, how)
 
-    folder.mkdir()
-    monkeypatch.setattr(os, "replace", replace_second)
     monkeypatch.setattr(fcntl, "flock", flock_second)
-    _, line = shell(*GENERATE, "--num_images", 2, "--output_dir", folder, code=2)
-    os.close(other[0])
-    assert "another run is writing" in line and line.count("\n") == 1
+    ended = False
+    assert "another run is writing" in shell(*command, folder, code=2)[1] and not list(folder.iterdir())
+    os.close(other.pop())
+    ended = True
+    line = shell(*command, folder, "--seed", 1, code=2)[1]
+    assert "--seed 0, not 1" in line and line.count("\n") == 1
 
 
 def test_radii_are_curves_that_never_rise_attack_no_row_again_and_are_kept_until_they_are_asked_for(
@@ -395,35 +342,37 @@ def test_radii_are_curves_that_never_rise_attack_no_row_again_and_are_kept_until
         levels, cosines, recalls = zip(*curve)
         row = record["rows"][name]
         assert levels == (0, 1, 4, 8) and cosines[0] == pytest.approx(row["clean_similarity"])
-        assert all(a > b for a, b in zip(cosines, cosines[1:])) and all(a >= b for a, b in zip(recalls, recalls[1:]))
+        assert [*cosines] == sorted({*cosines}, reverse=True) and [*recalls] == sorted(recalls, reverse=True)
         assert cosines[-1] <= row["white_box_similarity"] + 1e-6
         assert f"| {name} | {recalls[0]:.2f} " in (folder / "table.md").read_text()
     monkeypatch.setattr(common, "pgd", no_attack)
-    for radii in (["4/255"], ["8/255", "1/255"], []):
-        again, _ = shell(*words, "--radii", *radii) if radii else shell(*words)
+    for radii in (["--radii", "8/255", "1/255"], []):
+        again, _ = shell(*words, *radii)
         header = [line.split()[3:] for line in again.splitlines() if line.startswith("R@1, cosine at")]
-        assert header == ([["clean", *sorted(radii)]] if radii else [])
-    for file in (folder / "rows").iterdir():  # as if only the smallest radius had been attacked well
-        entry = json.loads(file.read_text())
-        weak, strong = (entry["radii"][radius] for radius in ("1/255", "4/255"))
-        entry["radii"] = {"1/255": strong, "4/255": weak, "8/255": weak}
-        file.write_text(json.dumps(entry))
-    shell(*words, "--radii", "8/255", "1/255", "4/255")
-    assert "nothing to do" in shell(*words, "--radii", "1/255", "4/255", "8/255")[0]
-    for name, curve in metrics(folder)["radii"].items():
-        _, cosines, recalls = zip(*curve)
-        assert cosines[1] == cosines[2] and cosines[3] <= record["rows"][name]["white_box_similarity"] + 1e-6
-        assert recalls[1] == recalls[2] >= recalls[3]
+        assert header == ([["clean", "1/255", "8/255"]] if radii else [])
 
 
-def test_a_row_is_measured_anew_with_other_transferred_images(tmp_path):
+def test_what_a_smaller_radius_or_the_tables_attack_finds_counts_at_larger_radii():
+    args = evaluate.parse_args(["--eps", "4/255"])
+
+    def scored(cosine, rank):
+        return {"similarity": np.array([cosine]), "rank_i2t": np.array([rank])}
+
+    found = {1 / 255: scored(0.5, 1), 2 / 255: scored(0.6, 0), 4 / 255: scored(0.7, 0)}
+    per_image = {"clean": scored(0.9, 0), "white_box": scored(0.4, 0)}
+    curve = evaluate.radius_curve(args, per_image, found)
+    assert curve == [(0, 0.9, 1), (1, 0.5, 0), (2, 0.5, 0), (4, 0.4, 0)]
+
+
+def test_a_row_is_measured_anew_with_other_transferred_images_as_those_of_another_seed_are(tmp_path):
     data = pictures(tmp_path / "mine", 4)
     words = ["--preset", "smoke", "--eval_data", data, "--cache_dir", tmp_path / "cache", "--steps", 1]
     table = ["evaluate.py", *words, "--attack_steps", 1, "--trainings", "--qualities"]
     table += ["--output_dir", tmp_path / "table"]
-    printed = []
-    for seed in (0, 1, 0):
+    for seed, measured in ((0, True), (1, True), (0, False)):
         folder = tmp_path / f"transferred_{seed}"
         shell("generate_pgd_adversarial.py", *words, "--split", "eval", "--seed", seed, "--output_dir", folder)
-        printed.append(shell(*table, "--adversarial_dir", folder)[0].count("original: clean R@1"))
-    assert printed == [1, 1, 0]
+        printed, _ = shell(*table, "--adversarial_dir", folder)
+        assert ("original: clean R@1" in printed) == measured
+    lines = [jsonl(tmp_path / f"transferred_{seed}" / "metadata.jsonl") for seed in (0, 1)]
+    assert not {line["sha256"] for line in lines[0]} & {line["sha256"] for line in lines[1]}

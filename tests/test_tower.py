@@ -10,46 +10,34 @@ from common import fast_tower
 MEAN, STD = torch.tensor([0.48, 0.46, 0.41]).view(3, 1, 1), torch.tensor([0.27, 0.26, 0.28]).view(3, 1, 1)
 
 
-def tower(width=64, patch=8, heads=4, **changes):
-    options = {"width": width, "patch_size": patch, "image_size": 4 * patch, "heads": heads, "layers": 2}
-    visual = VisionTransformer(**options, mlp_ratio=4.0, output_dim=32, **changes)
+def tower(**changes):
+    size = {"width": 128, "patch_size": 8, "image_size": 32, "heads": 2, "layers": 2}
+    visual = VisionTransformer(**size, mlp_ratio=4.0, output_dim=32, **changes)
     for parameter in visual.parameters():  # open_clip starts biases at 0 and norms at 1, which would hide mistakes
         torch.nn.init.normal_(parameter, std=0.05)
     return visual.eval()
 
 
-TOWERS = {  # width, patch, heads
-    "B/32": ((768, 32, 12), {}),
-    "B/16": ((768, 16, 12), {"act_layer": QuickGELU}),
-    "L/14": ((1024, 14, 16), {"act_layer": QuickGELU}),
-    "without its first norm": ((64, 8, 4), {"no_ln_pre": True}),
-}
-
-
-@pytest.mark.parametrize("kind", TOWERS)
-def test_output_and_gradients_equal_open_clips(kind):
-    size, changes = TOWERS[kind]
-    visual = tower(*size, **changes)
-    images = torch.rand(2, 3, *visual.image_size, requires_grad=True)
+@pytest.mark.parametrize("changes", [{}, {"act_layer": QuickGELU}, {"no_ln_pre": True}])
+def test_output_and_gradients_equal_open_clips(changes):
+    visual = tower(**changes)
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
     encode = fast_tower(visual, MEAN, STD, torch.float32)
     expected = visual((images - MEAN) / STD)
+    unit = F.normalize(expected, dim=1)
     raw, ours = encode(images, normalize=False), encode(images)
     assert (raw - expected).norm() < 1e-5 * expected.norm()
-    assert (ours - F.normalize(expected, dim=1)).norm() < 1e-5
-    grad, expected_grad = (
-        torch.autograd.grad(features[:, 0].sum(), images)[0] for features in (ours, F.normalize(expected, dim=1))
-    )
+    assert (ours - unit).norm() < 1e-5
+    grad, expected_grad = (torch.autograd.grad(features[:, 0].sum(), images)[0] for features in (ours, unit))
     assert (grad - expected_grad).norm() < 1e-5 * expected_grad.norm()
     raw.sum().backward()
     assert all(parameter.grad is None for parameter in visual.parameters())  # weights are constants
 
 
-OTHERS = {"ls_init_value": 0.1, "pool_type": "avg", "attentional_pool": True, "qk_norm": True, "patch_dropout": 0.5}
-
-
-@pytest.mark.parametrize("option", OTHERS)
-def test_towers_of_another_kind_are_left_to_open_clip(option):
-    assert fast_tower(tower(**{option: OTHERS[option]}), MEAN, STD, torch.float32) is None
+def test_towers_of_another_kind_are_left_to_open_clip():
+    others = {"ls_init_value": 0.1, "pool_type": "avg", "attentional_pool": True, "qk_norm": True, "patch_dropout": 0.5}
+    for option, value in others.items():
+        assert fast_tower(tower(**{option: value}), MEAN, STD, torch.float32) is None
 
 
 def test_in_bf16_all_but_the_products_of_the_blocks_is_float32():
