@@ -259,18 +259,54 @@ def test_a_row_behind_ttc_says_what_breaks_it_and_where_it_acts(row, monkeypatch
     assert re.search(r"it takes for attacked and counters \d+% clean, \d+% transfer, \d+% white-box images", counters)
 
 
-def test_a_defence_whose_gradient_vanishes_raises_the_alarm(row):
-    def shrunk(scale):
-        def wrap(encode, original, generators):
-            def defended(images):
-                features = encode(images)
-                return features.detach() + scale * (features - features.detach())
+def clipure(text, create_graph=False, dtype=torch.float32):
+    """CLIPure-Cos (ICLR 2025) as its authors released it: ten steps of 30 towards t, without second derivatives."""
+    def wrap(encode, original, generators):
+        def defended(images, normalize=True):
+            u, t = encode(images).to(dtype), text.to(dtype)
+            with torch.enable_grad():
+                for _ in range(10):
+                    u = u if u.requires_grad else u.requires_grad_()
+                    (g,) = torch.autograd.grad(-F.cosine_similarity(u, t[None]).sum(), u, create_graph=create_graph)
+                    u = F.normalize(u - 30 * g / g.norm(), dim=-1)  # over the whole batch, as there
+            return u.float()
 
-            return defended
+        return defended
 
-        return Front(wrap, {"": wrap})
+    return Front(wrap, {"as released": wrap})
 
-    for scale, expected in ((1e-5, 0), (1e-7, 2)):
-        defended = replace(row, fronts=(shrunk(scale),)).part(slice(2))
-        health = evaluate.measure(defended, replace(ATTACK, steps=1, draws=0), 1, 0).health
-        assert (health["vanishing_gradient"], health["zero_gradient"]) == (expected, 0)
+
+@pytest.fixture(scope="module")
+def towards(row):
+    """A text that has a positive cosine with every image, attacked or not."""
+    attacked, _ = evaluate.attack_row(replace(ATTACK, draws=0), row)
+    features = torch.cat([row.clip.encode_pixels(pixels[:2]) for pixels in (row.pixels, row.transfer, attacked)])
+    text = F.normalize(torch.linalg.pinv(features) @ torch.ones(6), dim=0)
+    assert (features @ text > 0).all()
+    return text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_defence_whose_gradient_vanishes_raises_the_alarm(dtype, row, towards):
+    front = clipure(towards, dtype=dtype)
+    row, attack = replace(row, fronts=(front,)).part(slice(2)), replace(ATTACK, draws=0)
+    _, wrong = evaluate.attack_row(attack, row)
+    assert evaluate.count_vanishing(row, attack) == 2
+    assert bool(wrong["zero_gradient"].all()) == (dtype == torch.float16)
+    health = evaluate.measure(row, attack, 1, 0).health
+    summary = {"members": ["x"], "clean_recall_i2t@1": 1, "above_chance": True, "note": None, "doubtful": False}
+    record = {"rows": {"original": summary}, "health": {"x": health}, "sanity": {}}
+    assert evaluate.marks_of(record) == {"original": " (!)"}
+
+
+def test_attacked_as_what_it_computes_it_shows_the_originals_figures(row, towards):
+    bare, attack = row.part(slice(2)), replace(ATTACK, draws=0)
+    released = clipure(towards)
+    row = replace(bare, fronts=(Front(released.wrap, {"identity": lambda encode, *_: encode}),))
+    assert evaluate.count_vanishing(row, attack) == 0
+    figures = [evaluate.measure(each, attack, 1, 0).conditions for each in (bare, row)]
+    for kind in ("clean", "white_box"):
+        one, other = (found[kind]["similarity"] for found in figures)
+        np.testing.assert_allclose(one, other, atol=0.02)
+    graph = replace(bare, fronts=(clipure(towards, create_graph=True),))
+    assert evaluate.count_vanishing(graph, attack) == 0

@@ -1,14 +1,17 @@
 """Every script through the shell in small: what it writes, and that the tools that are said to open it do."""
 
+import importlib
 import io
 import json
 import os
 import runpy
 import shutil
 import sys
+import tarfile
 import zipfile
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -179,6 +182,39 @@ def test_trainings_open_in_open_clip_alone_and_only_the_visual_tower_moved(repor
         assert moved and all(key.startswith("visual.") for key in moved)
 
 
+def test_clip_benchmark_finds_the_recalls_of_the_table(report, tmp_path, monkeypatch):
+    """LAION's, on the attacked images, which are each other's gallery there."""
+    (tmp_path / "test").mkdir()
+    (tmp_path / "dataset_type.txt").write_text("retrieval")
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    folder = report[0] / "adversarial_eval"
+    with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
+        for entry in jsonl(folder / "metadata.jsonl"):
+            image, caption = (folder / entry["file_name"]).read_bytes(), entry["caption"].encode()
+            for suffix, data in (("png", image), ("txt", caption)):
+                member = tarfile.TarInfo(f"{Path(entry['file_name']).stem}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    command = ["clip_benchmark", "eval", "--dataset", "wds/scenes", "--dataset_root", tmp_path]
+    command += ["--model", f"local-dir:{report[0] / 'pgd'}", "--pretrained", "none"]
+    command += ["--task", "zeroshot_retrieval", "--recall_k", 1, 3]
+    command += ["--no_amp", "--num_workers", 0, "--output", tmp_path / "result.json"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    importlib.import_module("clip_benchmark.cli").main()
+    recalls = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    args = args_of(report[0] / "evaluation")
+    spec = evaluate.Spec("x", f"local-dir:{report[0] / 'pgd'}")
+    row = evaluate.load_row(args, "x", spec, evaluate.load_evaluation(args))
+    scored = evaluate.score(row, row.transfer, 0)
+    ours = metrics(report[0] / "evaluation")["per_image"]["contrastive, offline"]["transfer"]
+    assert scored["rank_i2t"].tolist() == ours["rank_i2t"]
+    assert 0 < (scored["rank_i2t"] < 1).mean() < 1
+    for theirs, direction in {"text_retrieval_recall": "i2t", "image_retrieval_recall": "t2i"}.items():
+        for k in (1, 3):
+            expected = (scored[f"rank_{direction}"] < k).mean()
+            assert recalls[f"{theirs}@{k}"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_metrics_say_how_a_run_was_made_and_hold_the_figures_of_each_image(report):
     for stage in ["adversarial_train", "adversarial_eval", *TRAININGS, "evaluation"]:
         text = (report[0] / stage / "metrics.json").read_text()
@@ -250,6 +286,15 @@ def test_a_model_remembers_what_the_weights_that_it_started_from_were_trained_on
     args = args_of(report[0] / "mat")
     before, after = (common.load_clip(args, name).trained_on for name in (before, f"local-dir:{tmp_path / 'mat'}"))
     assert before == after and len(after) == 2 * (TRAIN + VALIDATION)  # ids and pixels
+
+
+def test_another_seed_attacks_from_other_noise(tmp_path):
+    made = set()
+    for seed in (0, 1):
+        words = ["--split", "eval", "--num_images", 2, "--seed", seed, "--output_dir", tmp_path / str(seed)]
+        shell("generate_pgd_adversarial.py", *SMALL, *words)
+        made |= {entry["sha256"] for entry in jsonl(tmp_path / str(seed) / "metadata.jsonl")}
+    assert len(made) == 4
 
 
 def test_eval_jpeg_gives_the_three_conditions_as_the_table_does(report, tmp_path):
