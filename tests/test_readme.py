@@ -43,10 +43,13 @@ def test_the_reports_figures_are_those_beside_ours():
     assert tables()[0] == expected
 
 
-@pytest.mark.parametrize(("position", "file"), [(1, "table.json"), (2, "fronts.json")])
+@pytest.mark.parametrize(("position", "file"), [(1, "table.json"), (3, "fronts.json")])
 def test_a_table_is_its_record(position, file):
     record = json.loads((RECORDS / file).read_text(encoding="utf-8"))
-    assert tables()[position][1:] == [cells_of(name, row) for name, row in record["rows"].items()]
+    expected = [cells_of(name, row) for name, row in record["rows"].items()]
+    if file == "fronts.json":  # has the same defences in front of MAT, too
+        expected = [cells for cells in expected if not cells[0].lower().startswith("mat")]
+    assert tables()[position][1:] == expected
     assert f"commit `{record['commit']}`" in README and f"n = {record['n']}" in README
 
 
@@ -58,7 +61,8 @@ def test_every_record_is_named_with_its_commit_and_command():
 def test_every_command_has_flags_that_there_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.pt").touch()
-    commands = re.findall(r"^ {4}python (\w+)\.py(.*)$", README.replace("\\\n", " "), re.MULTILINE)
+    text = re.sub(r"\$\(cat (\S+)\)", lambda match: " ".join((ROOT / match[1]).read_text().split()), README)
+    commands = re.findall(r"^ {4}python (\w+)\.py(.*)$", text.replace("\\\n", " "), re.MULTILINE)
     assert {script for script, _ in commands} == {*SCRIPTS}
     for script, words in commands:
         importlib.import_module(script).parse_args(shlex.split(words))
