@@ -1422,9 +1422,9 @@ def draw_examples(path, row, pixels_adv, pixels_adv_jpeg):
     columns = {
         "clean": clean,
         "attacked": adv,
-        "what was added, 16 times": (0.5 + 16 * (adv - clean)).clamp(0, 1),
-        "attacked, then JPEG 30": jpeg(adv, 30),
-        "attacked through JPEG 30": jpeg(adv_jpeg, 30),
+        "what was added, x 16": (0.5 + 16 * (adv - clean)).clamp(0, 1),
+        "attack, then JPEG 30": jpeg(adv, 30),
+        "attack knows JPEG 30": jpeg(adv_jpeg, 30),
     }
     spacing = {"left": 0.01, "right": 0.99, "top": 1 - 0.12 / len(clean), "bottom": 0.3 / len(clean), "hspace": 0.62}
     size, shape = (10, 2.9 * len(clean)), (len(clean), len(columns))
@@ -1436,7 +1436,7 @@ def draw_examples(path, row, pixels_adv, pixels_adv_jpeg):
             for i, (axis, image) in enumerate(zip(column, images)):
                 axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
-                if images is columns["what was added, 16 times"]:
+                if images is columns["what was added, x 16"]:
                     axis.set_xlabel(title, fontsize=8)
                     continue
                 cosine = cosines[i, row.own[i]]
