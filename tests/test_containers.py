@@ -30,6 +30,7 @@ import evaluate
 
 CONFIG = json.loads((TINY / "clip" / "open_clip_config.json").read_text())
 
+
 def write_open_clip(folder, state, config=CONFIG):
     """Write a folder as open_clip's push_to_hf_hub does: FARE, TeCoA, the R-CLIPs."""
     folder.mkdir(parents=True, exist_ok=True)
