@@ -67,12 +67,12 @@ def rank(images, captions_each):
     features = clip.encode_pixels(pixels)
     clip.encode_text([caption for each in captions for caption in each])
     paths = [f"{i}.jpg" for i in range(images)]
-    evaluate.encode_row = lambda *_: features
+    evaluate.encode_row = lambda *_: features[None]  # one draw
     before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     loaded = common.Images(pixels, paths, captions, captions, [None] * images, paths, paths)
     row = evaluate.Row("original", clip, pixels, pixels, *evaluate.load_candidates("evaluation", loaded))
     row = evaluate.forgive_equal_captions(row, paths)
-    evaluate.score(row, pixels, 0, features)
+    evaluate.score(row, pixels, 0, features[None])
     seconds = time.perf_counter() - clock
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), seconds
 
