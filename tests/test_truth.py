@@ -92,6 +92,7 @@ PLANTED = {  # defence -> what it is put in front of the model or behind it, and
     "none": ({}, {}),
     "bent": ({"bend": 0.1}, {"five times": LATER, "three starts": LATER, "R@1 falls": FAIL}),
     "quantised": ({"before": lambda images: (images * 16).round() / 16}, DEAD),
+    "underflowing": ({"after": lambda features: (features * 1e-30) * 1e-20 + features.detach()}, DEAD),
     "random": ({"before": lambda images: (images + 0.3 * torch.randn_like(images)).clamp(0, 1)}, {"scores": FAIL}),
 }
 
@@ -194,6 +195,16 @@ def test_the_margin_attack_is_on_survivors_alone_and_never_raises_recall(row):
     assert torch.equal(lowest[before > 0], narrowest[before > 0]) and 0 < (before == 0).sum() < IMAGES
     assert (after >= before).all() and (after > before).any()
     assert len(evaluate.attack_both(evaluate.scaled(ATTACK, 0.2), row, 0)[0]) == 1  # nobody is left
+
+
+def test_the_margin_loss_is_the_retrieval_failure_itself(row):
+    scored = evaluate.score(row, row.transfer, 0)
+    for loss, key in (("cosine", "similarity"), ("margin", "margin")):
+        loss_fn = evaluate.row_loss(replace(ATTACK, loss=loss), row)(row.clip.encode_image, np.arange(IMAGES))
+        values = loss_fn(common.as_images(row.transfer, torch.device("cpu")))
+        np.testing.assert_allclose(-values, scored[key], atol=1e-5)
+    assert 0 < (scored["rank_i2t"] > 0).sum() < IMAGES
+    assert ((values.numpy() > 0) == (scored["rank_i2t"] > 0)).all()
 
 
 def test_scores_on_a_hand_made_ranking(monkeypatch):
