@@ -1993,7 +1993,8 @@ class Trainer:
             for step in self.bar:
                 epoch, position = divmod(step, self.steps_per_epoch)
                 order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.training))
-                batch = order[position * self.args.batch_size :][: self.args.batch_size]
+                start = position * self.args.batch_size
+                batch = order[start : start + self.args.batch_size]
                 torch.manual_seed(step_seed(self.args.seed, step) + RANK)  # for a tower with patch dropout
                 self.train_mode()
                 yield step, batch, np.array_split(np.arange(len(batch)), PROCESSES)[RANK]
